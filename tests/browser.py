@@ -80,15 +80,15 @@ class Browser:
         raw, _, self._buffer = self._buffer.partition(b"\0")
         return json.loads(raw)
 
-    def open(self, file: Path, width: int, *, is_dark: bool) -> None:
-        """Show a file at a width, and wait until its figures are drawn."""
+    def open(self, page: Path | str, width: int, *, is_dark: bool) -> None:
+        """Show a file, or an address on loopback, at a width, and wait until its figures are drawn."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.events.clear()
-        self.call("Page.navigate", url=file.resolve().as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         until = time.monotonic() + 60
         while self.value(DRAWN) is not True:
             assert time.monotonic() < until, self.complaints()

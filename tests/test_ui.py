@@ -13,18 +13,24 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
 from src import ui
+from src.config.frozen import read_status
+from src.evaluation.samples import Sample
 from src.tracking.mlflow_view import VIEW_TAG, WIDTHS, runs_path
+from tests.browser import CHROMIUM, Browser
 from tests.conftest import ROOT
-from tests.test_tracking import closed_port, mlflow_config, track
+from tests.test_tracking import FROZEN, Done, closed_port, mlflow_config, track, tracked
 
 VIEW = "viewStateShareKey=towline"
 TRAINING = "workflowType=machine_learning"
+HOSTILE = "<script>window.hacked=1</script><img src=x onerror='window.hacked=1'>\"\x00\u202e🤖" + "x" * 300
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +112,29 @@ def test_a_browser_is_opened_on_a_desktop_only() -> None:
     assert not ui.has_desktop({"DISPLAY": ":0", "CI": "true"})
 
 
+def track_hostile(config: Any, run: Path) -> None:
+    """Have a run with hostile texts in its name, its tags, its configuration, its metrics and its samples."""
+    with tracked(config, run, frozen=FROZEN | {"name": HOSTILE, "data": {"columns": {"prompt": HOSTILE}}}) as tracking:
+        with tracking.line(Done(1, 1.0), due=True) as line:
+            line.metrics |= {f"tokens/{HOSTILE}/norm": 1.0, "eval/validation/loss": 1.0}
+            line.samples = [Sample(1, HOSTILE, HOSTILE, HOSTILE, HOSTILE, "eos", 1, 1, HOSTILE)]
+        tracking.finish({"steps": 1})
+
+
+def show_hostile_texts(addresses: list[str], folder: Path) -> None:
+    """Open pages of MLflow, wait until each shows hostile texts, and check that they are texts, and fit."""
+    with Browser(folder / "profile") as browser:
+        for address in addresses:
+            browser.open(address, 1440, is_dark=False)
+            until = time.monotonic() + 120
+            while not browser.value("document.body.innerText.includes('<script>window.hacked=1')"):
+                assert time.monotonic() < until, browser.value("document.body.innerText")
+                time.sleep(0.2)
+            assert browser.value("window.hacked === undefined && document.documentElement.scrollWidth <= innerWidth")
+
+
 def test_the_link_leads_to_a_server_that_ends_with_the_command(uri: str, tmp_path: Path) -> None:
+    track_hostile(replace(mlflow_config(uri), run_name=HOSTILE, tags={HOSTILE[:99]: HOSTILE}), tmp_path / "run")
     port = closed_port().rpartition(":")[2]
     command = [sys.executable, "-m", "src.ui", f"port={port}", f"tracking.uri={uri}"]
     shown = tmp_path / "shown"
@@ -121,6 +149,9 @@ def test_the_link_leads_to_a_server_that_ends_with_the_command(uri: str, tmp_pat
         assert link[1] == f"http://127.0.0.1:{port}/#/experiments/1/runs?{TRAINING}&{VIEW}"
         with urllib.request.urlopen(link[1]) as page:
             assert "MLflow" in page.read().decode()
+        if CHROMIUM is not None:
+            run = f"{link[1].partition('?')[0]}/{read_status(tmp_path / 'run')['tracker_run_id']}"
+            show_hostile_texts([link[1], f"{run}/artifacts/samples.json"], tmp_path)
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
