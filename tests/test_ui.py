@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,13 +121,13 @@ def track_hostile(config: Any, run: Path) -> None:
         tracking.finish({"steps": 1})
 
 
-def show_hostile_texts(addresses: list[str], folder: Path) -> None:
-    """Open pages of MLflow, wait until each shows hostile texts, and check that they are texts, and fit."""
+def check_shown_as_texts(pages: Mapping[str, str], folder: Path) -> None:
+    """Open pages of MLflow by their addresses, each until it shows a text; check that nothing hostile is obeyed."""
     with Browser(folder / "profile") as browser:
-        for address in addresses:
+        for address, text in pages.items():
             browser.open(address, 1440, is_dark=False)
             until = time.monotonic() + 120
-            while not browser.value("document.body.innerText.includes('<script>window.hacked=1')"):
+            while not browser.value(f"document.body.innerText.includes('{text}')"):
                 assert time.monotonic() < until, browser.value("document.body.innerText")
                 time.sleep(0.2)
             assert browser.value("window.hacked === undefined && document.documentElement.scrollWidth <= innerWidth")
@@ -151,7 +151,8 @@ def test_the_link_leads_to_a_server_that_ends_with_the_command(uri: str, tmp_pat
             assert "MLflow" in page.read().decode()
         if CHROMIUM is not None:
             run = f"{link[1].partition('?')[0]}/{read_status(tmp_path / 'run')['tracker_run_id']}"
-            show_hostile_texts([link[1], f"{run}/artifacts/samples.json"], tmp_path)
+            shown = {link[1]: "<script>window.hacked=1", f"{run}/artifacts/samples.json": "stop_reason"}
+            check_shown_as_texts(shown, tmp_path)
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
