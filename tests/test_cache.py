@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
-import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import textwrap
+import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from src.config.keys import all_keys
 from src.config.schema import RunConfig
 from src.config.schema.fields import key
 from src.data import cache as caching
-from src.data import sources
+from src.data import sources, store
 from src.data.cache import RowCache, tokenizer_fingerprint
 from src.data.dataset import Data, build_data
 from src.data.encoding import Encoder, Lengths
@@ -38,7 +37,7 @@ from src.data.sources import file_source
 from src.data.store import ROWS, STATS
 from src.data.tokenizer import load_tokenizer
 from src.errors import DataError
-from tests.conftest import ROOT, admitted, write_lines
+from tests.conftest import FORKS, admitted, write_lines
 from tests.kinds import byte_bpe
 
 ROWS_MADE = [{"prompt": f"{i}+1=", "completion": f"<ToW>{i} and one</ToW>{i + 1}"} for i in range(40)]
@@ -337,34 +336,29 @@ def test_rows_of_another_version_of_the_code_are_made_anew(
 
 # Several processes, and those that end in the middle
 
-BUILD = """
-import json, sys, time
-from tests.conftest import admitted
-from src.data import cache, store
-from src.data.dataset import build_data
-from src.data.preparation import encode_chunks
-from src.data.tokenizer import load_tokenizer
 
-slow, *overrides = json.loads(sys.stdin.readline())
-times_prepared = 0
+def build_as_told(pipe: Connection, tmp: str) -> None:
+    """Be another process, which is told what to build and how slowly, says that it is ready, and builds when told."""
+    tempfile.tempdir = tmp
+    slow, *overrides = pipe.recv()
+    times_prepared = 0
 
-def slowly(*given):
-    global times_prepared
-    times_prepared += 1
-    for chunk in encode_chunks(*given):
-        yield chunk
-        time.sleep(slow)
+    def slowly(*given: Any) -> Iterator[Any]:
+        nonlocal times_prepared
+        times_prepared += 1
+        for chunk in encode_chunks(*given):
+            yield chunk
+            time.sleep(slow)
 
-cache.encode_chunks = slowly
-store.BATCH_ROWS = 1  # what is prepared is written at once
-config = admitted(*overrides).config
-tokenizer, _ = load_tokenizer(config.model, config.tokens)
-print("ready", flush=True)
-sys.stdin.readline()
-data = build_data(config, tokenizer)
-print(json.dumps([times_prepared, data.train.digest(), len(data.train)]), flush=True)
-"""
-"""Another process: is told what to build and how slowly, says that it is ready, and builds when it is told to."""
+    caching.encode_chunks = slowly
+    store.BATCH_ROWS = 1  # what is prepared is written at once
+    config = admitted(*overrides).config
+    tokenizer, _ = load_tokenizer(config.model, config.tokens)
+    pipe.send("ready")
+    pipe.recv()
+    data = build_data(config, tokenizer)
+    pipe.send([times_prepared, data.train.digest(), len(data.train)])
+    atexit._run_exitfuncs()  # a forked process ends without
 
 
 class Other:
@@ -372,28 +366,21 @@ class Other:
 
     def __init__(self, tmp: Path) -> None:
         self.tmp = tmp
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", BUILD],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"TMPDIR": str(tmp)},
-        )
-
-    def say(self, line: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{line}\n")
-        self.process.stdin.flush()
+        self.pipe, theirs = FORKS.Pipe()
+        self.process = FORKS.Process(target=build_as_told, args=(theirs, str(tmp)))
+        self.process.start()
+        theirs.close()
 
     def ready(self, *options: str, slow: float = 0) -> Other:
-        self.say(json.dumps([slow, *options]))
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "ready\n"
+        self.pipe.send([slow, *options])
+        assert self.pipe.recv() == "ready"
         return self
 
     def result(self) -> list[Any]:
-        return json.loads(self.process.communicate(timeout=60)[0])
+        result = self.pipe.recv()
+        self.process.join(60)
+        assert self.process.exitcode == 0
+        return list(result)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -403,12 +390,12 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Other]]:
     yield list(started)
     for other in started:
         other.process.kill()
-        other.process.communicate()
+        other.process.join()
 
 
 def begun(other: Other, cache: Path) -> None:
     """Let a process build, and come back when it has begun to write rows."""
-    other.say("go")
+    other.pipe.send("go")
     deadline = time.monotonic() + 60
     while not [rows for rows in cache.glob(f"*.tmp/{ROWS}") if rows.stat().st_size]:
         assert time.monotonic() < deadline
@@ -438,7 +425,8 @@ def test_a_process_killed_while_it_writes_leaves_nothing_that_is_used(
     other = others.pop().ready(*chosen(file, cache), slow=60)
     begun(other, cache)
     other.process.kill()
-    assert other.process.wait(10) == -signal.SIGKILL
+    other.process.join(10)
+    assert other.process.exitcode == -signal.SIGKILL
     assert [entry.suffix for entry in entries(cache)] == [".tmp"]
     data = built(admitted(*chosen(file, cache)).config)
     assert counted.times == 1
@@ -448,7 +436,7 @@ def test_a_process_killed_while_it_writes_leaves_nothing_that_is_used(
 
 def test_without_a_folder_nothing_is_left_behind(file: str, others: list[Other]) -> None:
     other = others.pop().ready(*chosen(file, None))
-    other.say("go")
+    other.pipe.send("go")
     assert other.result()[2] == len(ROWS_MADE)
     assert list(other.tmp.glob("towline*")) == []
 
@@ -634,32 +622,23 @@ def test_a_part_is_mapped_into_memory_and_not_read(tmp_path: Path, file: str) ->
     assert len(part) == 40
 
 
-def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
-    script = (
-        "import os, time\n"
-        "from src.data.preparation import encode_chunks\n"
-        "from tests.conftest import admitted\n"
-        "from tests.test_cache import recipe_of\n"
-        "from src.data.readers.record import Record\n"
-        "def forever():\n"
-        "    while True:\n"
-        "        yield Record({'prompt': 'a', 'completion': 'b'}, 'rows', 1)\n"
-        "for _ in encode_chunks(forever(), recipe_of(admitted('tokens=none').config), 2):\n"
-        "    print('going', flush=True)\n"
-        "    time.sleep(0.2)\n"
-    )
-    (tmp_path / "endless.py").write_text(f"if __name__ == '__main__':\n{textwrap.indent(script, '    ')}")
-    child = subprocess.Popen(
-        [sys.executable, tmp_path / "endless.py"],
-        stdout=subprocess.PIPE,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    with child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"going\n"
-        workers = psutil.Process(child.pid).children(recursive=True)
-        assert len(workers) >= 2
-        child.kill()
+def encode_without_end(going: Connection) -> None:
+    def forever() -> Iterator[Record]:
+        while True:
+            yield Record({"prompt": "a", "completion": "b"}, "rows", 1)
+
+    for _ in encode_chunks(forever(), recipe_of(admitted("tokens=none").config), 2):
+        going.send(os.getpid())
+        time.sleep(0.2)
+
+
+def test_workers_end_with_a_parent_that_was_killed() -> None:
+    going, theirs = FORKS.Pipe()
+    parent = FORKS.Process(target=encode_without_end, args=(theirs,))
+    parent.start()
+    workers = psutil.Process(going.recv()).children(recursive=True)
+    assert len(workers) >= 2
+    parent.kill()
+    parent.join()
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive
