@@ -31,7 +31,7 @@ from src.config.job import Job
 from src.config.schema import Device, MixedPrecision, RuntimeConfig
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import StopRequest
-from src.sweep.workers import OPTIONAL_MODULES, PRELOAD_MODULE
+from src.sweep.workers import OPTIONAL_MODULES, PRELOAD_MODULE, start_fork_server
 
 set_switches()
 
@@ -97,10 +97,31 @@ def admitted(*overrides: str) -> Job:
 
 
 NEEDS = [f"transformers.models.{kind}.modeling_{kind}" for kind in ("llama", "bart")]
-NEEDS += [*(name for names in OPTIONAL_MODULES.values() for name in names), "deepspeed"]
+NEEDS += [*(name for names in OPTIONAL_MODULES.values() for name in names), "deepspeed", "tests.conftest"]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([PRELOAD_MODULE, *NEEDS])
 """Where commands come from that the tests give by the dozen: a process that has imported what takes seconds."""
+FORK_SERVER = "fork_server"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Have the workers of pytest-xdist fork from one process, which imports while they collect the tests."""
+    start_fork_server(NEEDS)
+    node.workerinput[FORK_SERVER] = forkserver._forkserver._forkserver_address  # type: ignore[attr-defined]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if FORK_SERVER in (given := getattr(config, "workerinput", {})):
+        fork_from(given[FORK_SERVER])
+        forkserver._forkserver._forkserver_alive_fd = os.open(os.devnull, os.O_RDONLY)  # type: ignore[attr-defined]
+
+
+def fork_from(server: str) -> None:
+    """Have this process fork from a server that another one started."""
+    own: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    own._forkserver_address, own.ensure_running = server, lambda: None
+    forkserver.ensure_running = own.ensure_running
 
 
 def towline(
@@ -186,9 +207,7 @@ def _give(
     main: Callable[[list[str]], int] | None,
     server: str,
 ) -> None:
-    own: Any = forkserver._forkserver  # type: ignore[attr-defined]
-    own._forkserver_address, own.ensure_running = server, lambda: None  # trials come from where this process does
-    forkserver.ensure_running = own.ensure_running
+    fork_from(server)  # trials come from where this process does
     for number, file in ((1, out), (2, err)):
         opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if isinstance(file, Path) else file.detach()
         os.dup2(opened, number)
