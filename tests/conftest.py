@@ -49,10 +49,20 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE":
 
 
 LONGEST_FIRST = [
-    *("test_sweep.py", "test_processes.py", "test_delivery.py", "test_run.py", "test_resume.py", "test_positions.py"),
-    *("test_predict.py", "test_tracking.py", "test_preflight.py", "test_damage.py", "test_composition.py"),
+    *(
+        "test_processes.py",
+        "test_sweep.py",
+        "test_resume.py",
+        "test_delivery.py",
+        "test_run.py",
+        "test_sweep_damage.py",
+    ),
+    *("test_cache.py", "test_early_stopping.py", "test_secrets.py", "test_longer.py", "test_preflight.py"),
+    *("test_damage.py", "test_tracking.py", "test_checkpoint.py", "test_predict.py", "test_forecast.py"),
+    *("test_loop.py", "test_report_page.py", "test_soaks.py", "test_soak.py", "test_ensemble.py", "test_own_conf.py"),
+    *("test_adapters.py", "test_composition.py", "test_positions.py", "test_benchmark.py", "test_batching.py"),
 ]
-"""Files that take minutes begin, so that no worker has one of them left when the other is done."""
+"""The files that take longest begin, so that no worker has one of them left when the other is done."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

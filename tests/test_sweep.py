@@ -27,7 +27,7 @@ from src.sweep.study import _is_rung
 from src.sweep.sweeper import lead
 from src.sweep.workers import Workers, modules_of_run
 from src.tracking.lock import hold
-from tests.conftest import ROOT, read_lines, towline, write_lines
+from tests.conftest import ROOT, ForkedCommand, read_lines, towline, write_lines
 from tests.sweeps import TINY, board_of, planned, sleep_before_it_begins, starts, states, steps_of, study_of, untracked
 
 
@@ -696,17 +696,16 @@ def test_trials_save_and_end_when_their_sweep_is_killed(
     until(lambda: not left_of(folder), "nothing is left", 30)
 
 
-def test_ctrl_c_twice_ends_all_at_once(started: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+def test_ctrl_c_twice_ends_all_at_once(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
-    process = started(*LONG, f"hydra.sweep.dir={folder}")
+    process = ForkedCommand(command(*LONG, f"hydra.sweep.dir={folder}"), tmp_path / "log", prepare=os.setsid)
     for number in (0, 1):
         pid = until(lambda number=number: pid_of(folder, number), f"trial {number} trains")
         os.kill(pid, signal.SIGSTOP)  # one that can't end by itself
     os.killpg(process.pid, signal.SIGINT)
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 75
+    assert process.wait(60) == 75
     assert not left_of(folder)
 
 
