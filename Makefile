@@ -35,7 +35,7 @@ preflight: $(READY) ## everything about a run that can be known without training
 	$(BIN)/python -m src.preflight $(ARGS)
 
 test: lint ## every check that CI runs: format, lint, types, tests
-	$(BIN)/python -m pytest $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest $(ARGS)
 
 test-slow: $(READY) ## checks on a real pretrained chat model in models/smollm2 (or TOWLINE_SMOLLM2=DIR)
 	$(BIN)/python -m pytest -m slow -n 1 $(ARGS)
