@@ -117,8 +117,11 @@ def assert_same(first: Path, second: Path) -> None:
     assert numbers[0] == numbers[1]
 
 
-@pytest.mark.parametrize("batching", ["padded", "length_grouped", "packed"])
-@pytest.mark.parametrize("adapter", [(), LORA], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("adapter", "batching"),
+    [((), "padded"), ((), "length_grouped"), ((), "packed"), (LORA, "packed")],
+    ids=["padded", "length_grouped", "packed", "packed-lora"],
+)
 def test_thirty_steps_with_stops_equal_thirty_steps_straight(
     tmp_path: Path, adapter: tuple[str, ...], batching: str
 ) -> None:
