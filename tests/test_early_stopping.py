@@ -124,20 +124,28 @@ def test_the_run_is_the_whole_one_up_to_there_and_comes_to_its_end(early: Path, 
     assert all(torch.equal(tensor, kept[name]) for name, tensor in exported.items() if name in kept)
 
 
-@pytest.mark.parametrize("form", [("checkpoint.checkpointing_steps=2",), LORA], ids=["saved there anyway", "lora"])
+@pytest.fixture(
+    scope="module", params=[("checkpoint.checkpointing_steps=2",), LORA], ids=["saved there anyway", "lora"]
+)
+def never_killed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A run that stops early, and what it was asked for."""
+    asked, straight = [*TINY, *patience(2), *request.param], tmp_path_factory.mktemp("straight")
+    start(straight, *asked)
+    return straight, asked
+
+
 @pytest.mark.parametrize("fates", [[2], [5], [9], [12], [3, 6]], ids=str)
 def test_a_run_that_is_killed_and_resumed_stops_at_the_same_step(
-    tmp_path: Path, fates: list[int], form: tuple[str, ...]
+    tmp_path: Path, fates: list[int], never_killed: tuple[Path, list[str]]
 ) -> None:
-    asked = (*TINY, *patience(2), *form)
-    start(tmp_path / "straight", *asked)
+    straight, asked = never_killed
     for number, at in enumerate(fates):
         with pytest.raises(BaseException) as caught:  # noqa: PT011
             start(tmp_path / "run", *asked, fate=Fate(at, dead=number % 2 == 0))
         assert type(caught.value).__name__ in ("Killed", "Interrupted")
     start(tmp_path / "run", *asked)
-    assert_same(tmp_path / "run", tmp_path / "straight")
-    assert status(tmp_path / "run")["cause"] == status(tmp_path / "straight")["cause"]
+    assert_same(tmp_path / "run", straight)
+    assert status(tmp_path / "run")["cause"] == status(straight)["cause"]
 
 
 def killed(*_: Any, **__: Any) -> None:
