@@ -80,8 +80,9 @@ ALONE = ("training.gradient_accumulation_steps=4",)
 TWO = ("runtime.num_processes=2", "training.gradient_accumulation_steps=2")
 ZERO3 = ("deepspeed=zero3", "deepspeed.zero_optimization.stage3_param_persistence_threshold=0")
 SHARED_OUT = {"none": (), "zero1": ("deepspeed=zero1",), "zero2": ("deepspeed=zero2",), "zero3": ZERO3}
-SUM = ("loss.reduction=sum", "optimizer.lr=1e-3", "training.max_grad_norm=1")
-LORA = ("adapter=lora", "adapter.lora_dropout=0", "optimizer.lr=1e-2")
+ONE_EPOCH = ("training.num_train_epochs=1",)
+SUM = ("loss.reduction=sum", "optimizer.lr=1e-3", "training.max_grad_norm=1", *ONE_EPOCH)
+LORA = ("adapter=lora", "adapter.lora_dropout=0", "optimizer.lr=1e-2", *ONE_EPOCH)
 
 
 class Ended:
@@ -296,11 +297,12 @@ def summary(run_dir: Path) -> dict[str, Any]:
     return dict(json.loads((run_dir / "summary.json").read_text(encoding="utf-8")))
 
 
-def assert_same_numbers(ours: Path, theirs: Path) -> None:
+def assert_same_numbers(ours: Path, theirs: Path, epochs: int = 2) -> None:
     """Hold the losses of every line together, and what was counted."""
+    steps = STEPS * epochs // 2
     lines = list(zip(metrics(ours), metrics(theirs), strict=True))
     assert [one["step"] for one, _ in lines] == [other["step"] for _, other in lines]
-    assert lines[-1][0]["step"] == STEPS
+    assert lines[-1][0]["step"] == steps
     keys = ("train/loss", "train/thought_loss", "train/answer_loss", "eval/validation/loss")
     compared = 0
     for one, other in lines:
@@ -311,12 +313,12 @@ def assert_same_numbers(ours: Path, theirs: Path) -> None:
             if key in other:
                 assert one[key] == pytest.approx(other[key], rel=0, abs=1e-4), (key, one["step"])
                 compared += 1
-    assert compared > 25
+    assert compared > 12 * epochs
     for key in ("examples_seen", "tokens_seen", "steps"):
         assert summary(ours)[key] == summary(theirs)[key], key
-    assert summary(ours)["examples_seen"] == 2 * ROWS
+    assert summary(ours)["examples_seen"] == epochs * ROWS
     one, other = (
-        load_file(place / "checkpoints" / f"step-{STEPS:08}" / "model.safetensors") for place in (ours, theirs)
+        load_file(place / "checkpoints" / f"step-{steps:08}" / "model.safetensors") for place in (ours, theirs)
     )
     assert one.keys() == other.keys()
     assert not [name for name in one if (one[name] - other[name]).abs().max() > 1e-4]
@@ -340,7 +342,7 @@ def test_two_processes_give_the_losses_of_one(lab: Laboratory, what: str) -> Non
 def test_losses_that_are_summed_are_those_of_one_process_too(lab: Laboratory, what: str) -> None:
     grows = (*SUM, f"model.checkpoint={lab.exact}")  # the matrices have to grow
     ours = lab.together(f"{what}-sum", *SHARED_OUT[what], *grows)
-    assert_same_numbers(ours, lab.alone("one-sum", *grows))
+    assert_same_numbers(ours, lab.alone("one-sum", *grows), epochs=1)
     assert metrics(ours)[0]["train/objective"] > 3 * metrics(ours)[0]["train/loss"]
 
 
@@ -414,7 +416,7 @@ def test_an_adapter_and_new_rows_beside_it_are_trained_alike_and_exported(lab: L
 
     asked = (*LORA, f"model.checkpoint={lab.exact}")  # its matrices have to grow
     ours, theirs = lab.together("lora3", *ZERO3, *asked), lab.alone("lora1", *asked)
-    assert_same_numbers(ours, theirs)
+    assert_same_numbers(ours, theirs, epochs=1)
     tokenizer = AutoTokenizer.from_pretrained(ours / "model")
     ids = torch.tensor([tokenizer("12+3=<ToW>1</ToW>15")["input_ids"]])
     logits = []
@@ -466,12 +468,13 @@ def _count_held(found: Path) -> None:
         nonlocal most
         add_gradients(self, loss, last=last)
         torch.distributed.barrier()
+        if os.environ["RANK"] != "0":
+            return
         held, again = count(), count()
         while held != again:  # a thread of gloo's lets go of what it has sent a little later
             held, again = again, count()
         most = max(most, held - before)
-        if os.environ["RANK"] == "0":
-            found.write_text(str(most), encoding="utf-8")
+        found.write_text(str(most), encoding="utf-8")
 
     gc.collect()
     gc.freeze()  # what the imports made
@@ -481,7 +484,7 @@ def _count_held(found: Path) -> None:
 
 def test_memory_is_forecast_as_it_is_held(lab: Laboratory, tmp_path: Path) -> None:
     few = ("training.max_train_steps=2", "training.num_train_epochs=1", "evaluation.metrics=[]")
-    few += ("checkpoint.checkpointing_steps=null",)
+    few += ("checkpoint.checkpointing_steps=null", "evaluation.max_samples=1")
     options = {
         "zero1": ("deepspeed=zero1",),
         "zero2": ("deepspeed=zero2", "training.mixed_precision=bf16"),
