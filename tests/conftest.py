@@ -49,18 +49,11 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE":
 
 
 LONGEST_FIRST = [
-    *(
-        "test_processes.py",
-        "test_sweep.py",
-        "test_resume.py",
-        "test_delivery.py",
-        "test_run.py",
-        "test_sweep_damage.py",
-    ),
-    *("test_cache.py", "test_early_stopping.py", "test_secrets.py", "test_longer.py", "test_preflight.py"),
-    *("test_damage.py", "test_tracking.py", "test_checkpoint.py", "test_predict.py", "test_forecast.py"),
-    *("test_loop.py", "test_report_page.py", "test_soaks.py", "test_soak.py", "test_ensemble.py", "test_own_conf.py"),
-    *("test_adapters.py", "test_composition.py", "test_positions.py", "test_benchmark.py", "test_batching.py"),
+    *("test_processes.py", "test_sweep.py", "test_resume.py", "test_delivery.py", "test_run.py"),
+    *("test_sweep_damage.py", "test_cache.py", "test_early_stopping.py", "test_secrets.py", "test_longer.py"),
+    *("test_preflight.py", "test_damage.py", "test_tracking.py", "test_checkpoint.py", "test_predict.py"),
+    *("test_forecast.py", "test_loop.py", "test_report_page.py", "test_soaks.py", "test_soak.py", "test_ensemble.py"),
+    *("test_own_conf.py", "test_adapters.py", "test_composition.py", "test_positions.py", "test_benchmark.py"),
 ]
 """The files that take longest begin, so that no worker has one of them left when the other is done."""
 
@@ -112,6 +105,7 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([PRELOAD_MODULE, *NEEDS])
 """Where commands come from that the tests give by the dozen: a process that has imported what takes seconds."""
 FORK_SERVER = "fork_server"
+"""What a worker of pytest-xdist is told the address of that process by."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -124,6 +118,7 @@ def pytest_configure_node(node: Any) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if FORK_SERVER in (given := getattr(config, "workerinput", {})):
         fork_from(given[FORK_SERVER])
+        # sent along to what is forked; the server lives as long as the process that started it
         forkserver._forkserver._forkserver_alive_fd = os.open(os.devnull, os.O_RDONLY)  # type: ignore[attr-defined]
 
 
