@@ -44,6 +44,7 @@ WAYS = {
     "dora": ["adapter=dora"],
     "int8": ["adapter=lora", "quantization=int8"],
     "qlora": ["adapter=qlora"],
+    "rows": ["adapter=tokens_only"],
 }
 
 

@@ -661,6 +661,7 @@ def real_bytes(model: Any) -> int:
     "overrides",
     [
         ["adapter=lora"],
+        ["adapter=tokens_only"],
         ["adapter=lora", "model.dtype=bfloat16", "optimizer=paged_adamw_32bit"],
         ["adapter=dora", "adapter.init_lora_weights=pissa", "optimizer=adafactor"],
         ["adapter=lora", "quantization=int8", "adapter.r=64", "optimizer=adamw_8bit"],

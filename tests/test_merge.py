@@ -152,6 +152,13 @@ def test_what_plain_peft_would_load_otherwise_is_written_whole_only(
         assembled(runtime, bases[kind], "adapter=lora")
 
 
+def test_rows_alone_are_refused_where_encoder_and_decoder_would_not_get_them(
+    runtime: Runtime, bases: dict[str, str]
+) -> None:
+    with pytest.raises(ModelError, match=r"tokens_only: decoder\.embed_tokens and encoder\.embed_tokens of this T5"):
+        assembled(runtime, bases["untied t5"], "adapter=tokens_only", "export.merge=true")
+
+
 def test_an_untied_head_survives_where_the_configuration_calls_it_tied(runtime: Runtime, bases: dict[str, str]) -> None:
     """transformers 5.23 loads the two matrices of such a T5 and makes them one when the model is resized."""
     run = assembled(runtime, bases["untied t5"])

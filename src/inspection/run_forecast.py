@@ -191,10 +191,11 @@ def planned_parameters(config: RunConfig, model: Any, new_ids: Sequence[int]) ->
     if config.quantization.is_on and not starts_from_values(config):
         settings = quantization_settings(config.quantization, config.model, config.training.mixed_precision)
         put_quantised_layers(model, settings)
-    if config.lora is None:
+    if not config.adapter.is_on:
         return parameters
-    adapter = replace(config.lora, init_lora_weights=True)  # other ways to start compute with the weights
-    add_adapter(model, replace(config, adapter=adapter), new_ids)
+    if config.lora is not None:  # other ways to start compute with the weights
+        config = replace(config, adapter=replace(config.lora, init_lora_weights=True))
+    add_adapter(model, config, new_ids)
     return with_adapter(parameters, model)
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from src.config.schema import LoraConfig, RunConfig
 from src.errors import ModelError, one_line
-from src.model.embeddings import embedding_matrices, true_tie_flag
+from src.model.embeddings import embedding_matrices, is_tied, true_tie_flag
 from src.model.quantization import is_linear, is_transposed, quiet_bitsandbytes
 from src.model.weights import check_finite, check_names
 from src.runtime.sharding import gathered, unsharded_models
@@ -145,21 +145,24 @@ def add_adapter(model: Any, config: RunConfig, new_ids: Sequence[int] = ()) -> A
     """Freeze a model and put an adapter into it, in place; return None where the configuration has none.
 
     The rows of `new_ids` are trained too, in each matrix of tokens. ModelError says that `target_modules` is not found
-    in the model, or that the adapter alone could not be loaded again.
+    in the model, that there is nothing to train, or that the adapter alone could not be loaded again.
     """
-    lora = config.lora
-    if lora is None:
+    if not config.adapter.is_on:
         return None
     quiet_bitsandbytes()  # PEFT imports it
     import peft
 
-    check_targets(model, lora)
+    lora = config.lora
+    if lora is not None:
+        check_targets(model, lora)
     matrices = [matrix.module for matrix in embedding_matrices(model)] if new_ids else []
     needs_merging = _lost_when_loaded(model, matrices) if new_ids else ""
     if needs_merging and not config.export.merge:
         raise ModelError(f"{needs_merging}: export.merge=true writes whole weights, which load as they are")
     names = [name for name, module in model.named_modules() if any(module is one for one in matrices)]
-    if new_ids:
+    if lora is None:
+        _check_rows_alone(model, config, names, new_ids)
+    elif new_ids:
         _check_rows_have_no_adapter(model, names, lora)
     # PEFT 0.21 would gather the rows that it starts from on CUDA devices only
     full = gathered(parameter for module in matrices for parameter in module.parameters())
@@ -169,7 +172,7 @@ def add_adapter(model: Any, config: RunConfig, new_ids: Sequence[int] = ()) -> A
             adapted = peft.get_peft_model(model, settings)
     except (ValueError, TypeError) as error:
         raise ModelError(f"this adapter can't be put into a {type(model).__name__}: {one_line(error)}") from error
-    if lora.use_dora:
+    if lora is not None and lora.use_dora:
         _check_norms(model)
     base = Path(config.model.checkpoint)  # by its whole path it is found from another folder too
     settings.base_model_name_or_path = str(base.resolve()) if base.is_dir() else config.model.checkpoint
@@ -183,9 +186,12 @@ def _peft_config(model: Any, config: RunConfig, new_rows: dict[str, list[int]] |
     `new_rows` has the tokens whose rows are trained, by the name of the matrix; PEFT ties the other matrices to these.
     """
     import peft
+    from peft.utils.constants import DUMMY_TARGET_MODULES
 
-    values = {key: value.value if isinstance(value, Enum) else value for key, value in vars(config.adapter).items()}
-    del values["type"]
+    values: dict[str, Any] = {"target_modules": DUMMY_TARGET_MODULES}  # PEFT's name for none
+    if (lora := config.lora) is not None:
+        values = {key: value.value if isinstance(value, Enum) else value for key, value in vars(lora).items()}
+        del values["type"]
     return peft.LoraConfig(
         **values,
         task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
@@ -193,6 +199,23 @@ def _peft_config(model: Any, config: RunConfig, new_rows: dict[str, list[int]] |
         fan_in_fan_out=any(map(is_transposed, model.modules())),
         revision=config.model.revision,
     )
+
+
+def _check_rows_alone(model: Any, config: RunConfig, matrices: Sequence[str], new_ids: Sequence[int]) -> None:
+    """Raise ModelError where there are no rows to train, or they would not be looked up everywhere."""
+    if not new_ids:
+        tokens = ", ".join(config.tokens.additional_special_tokens)
+        raise ModelError(
+            f"adapter=tokens_only trains the rows of new tokens alone, and {config.model.checkpoint} has trained those "
+            f"of {tokens} already: name other tokens, or adapter=lora"
+        )
+    owners = _owners(model)
+    shared = {name for one in matrices for name in owners[id(model.get_submodule(one).weight)]} - set(matrices)
+    if shared and not is_tied(model):
+        raise ModelError(
+            f"adapter=tokens_only: {in_words(sorted(shared))} of this {type(model).__name__} would not get the rows "
+            "that are trained, as PEFT 0.21 ties rows only where the head is tied too: adapter=none"
+        )
 
 
 def _check_rows_have_no_adapter(model: Any, matrices: Sequence[str], lora: LoraConfig) -> None:
@@ -243,7 +266,8 @@ def check_adapter(empty: Any, config: RunConfig) -> None:
 
     The model, on the meta device, gets the adapter. ModelError says what does not go together.
     """
-    assert config.lora is not None
+    if config.lora is None:
+        return  # rows of tokens alone are written into their own matrices
     check_targets(empty, config.lora)
     start = config.lora.init_lora_weights
     if config.export.merge:

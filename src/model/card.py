@@ -24,6 +24,7 @@ PATHS = ("init_from", "checkpoint", "train_files", "validation_files", "test_fil
 """Keys whose values may be relative paths; the card has only the last part of these, as of every absolute path."""
 PATH_ENDINGS = ("_path", "_dir", "_file", "_folder")
 NOT_SHAPING = ("cache_dir", "preprocessing_num_workers", "max_seconds", "logging_steps")
+ROWS_ALONE = "An adapter of the rows of new tokens alone (tokens_only)"
 SHOWN = ("train/loss", "eval/")  # prefixes of the metrics that the card shows
 
 
@@ -124,7 +125,8 @@ def _what(frozen: Mapping[str, Any]) -> str:
         return f"A full fine-tune of {base}."
     bits = " in 8 bits" if frozen["quantization"]["load_in_8bit"] else " in 4 bits" if _is_quantised(frozen) else ""
     merged = " The adapter is merged into the weights here." if frozen["export"]["merge"] else ""
-    return f"A {adapter['type']} adapter (r {adapter['r']}) on {base}, whose weights were frozen{bits}.{merged}"
+    kind = f"A {adapter['type']} adapter (r {adapter['r']})" if "r" in adapter else ROWS_ALONE
+    return f"{kind} on {base}, whose weights were frozen{bits}.{merged}"
 
 
 def _loading(frozen: Mapping[str, Any]) -> str:

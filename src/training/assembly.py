@@ -115,7 +115,7 @@ def _load_initial_adapter(model: Any, adapter: Adapter | None, tokenizer: Any, c
     if config.model.weights is Weights.random or config.deepspeed.stage == 3:
         raise ModelError(
             f"init_from: {folder} is an adapter, and can't be merged into weights that are random or sharded by "
-            "ZeRO-3: adapter=lora trains it on, or a run with export.merge=true exports whole weights"
+            "ZeRO-3: adapter=… as in that run trains it on, or a run with export.merge=true exports whole weights"
         )
     check_exported(Path(str(config.init_from)), config.model.checkpoint)  # an adapter is nothing on another base
     merged = merge(load_adapter(model, folder), folder, probe_ids(tokenizer, config.tokens.additional_special_tokens))

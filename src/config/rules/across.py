@@ -62,7 +62,7 @@ def quantised_weights_are_frozen(
 
 @applies_to("run")
 def adapters_can_be_made(adapter: schema.AdapterConfig, quantization: schema.QuantizationConfig) -> Problems:
-    if isinstance(adapter, schema.NoAdapterConfig):
+    if not isinstance(adapter, schema.LoraConfig):
         return
     if adapter.use_dora and quantization.load_in_8bit:
         yield Problem("adapter.use_dora", "PEFT can't put DoRA on weights in 8 bits; quantization=nf4, or LoRA", True)
@@ -72,6 +72,13 @@ def adapters_can_be_made(adapter: schema.AdapterConfig, quantization: schema.Qua
     if adapter.init_lora_weights not in (True, False, "gaussian", "orthogonal") and quantization.is_on:
         reason = "changes the base weights, which a quantised base can't have"
         yield Problem("adapter.init_lora_weights", reason, adapter.init_lora_weights)
+
+
+@applies_to("run")
+def rows_of_tokens_have_tokens(adapter: schema.AdapterConfig, tokens: schema.TokensConfig) -> Problems:
+    if isinstance(adapter, schema.TokensOnlyConfig) and not tokens.additional_special_tokens:
+        reason = "trains the rows of new tokens alone, and tokens has none: tokens=tow, or adapter=lora"
+        yield Problem("adapter.type", reason, adapter.type)
 
 
 @applies_to("run")

@@ -5,7 +5,7 @@ import re
 from src.config.problems import Problem
 from src.config.rules.data import sources
 from src.config.rules.rule import Problems, applies_to
-from src.config.schema import AdapterConfig, DataConfig, NoAdapterConfig
+from src.config.schema import AdapterConfig, DataConfig, LoraConfig
 from src.config.schema.fields import READING_ROWS
 from src.errors import ConfigError
 from src.patterns import Pattern
@@ -30,7 +30,7 @@ def patterns_are_regular_expressions(data: DataConfig) -> Problems:
 
 @applies_to("run")
 def adapter_patterns_are_regular_expressions(adapter: AdapterConfig) -> Problems:
-    if isinstance(adapter, NoAdapterConfig):
+    if not isinstance(adapter, LoraConfig):
         return
     for key in ("target_modules", "exclude_modules"):
         if isinstance(pattern := getattr(adapter, key), str) and (reason := _no_regular_expression(pattern)):

@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 from omegaconf import MISSING
 
-from src.config.schema.adapter import AdapterConfig, LoraBias, LoraConfig, NoAdapterConfig
+from src.config.schema.adapter import AdapterConfig, LoraBias, LoraConfig, NoAdapterConfig, TokensOnlyConfig
 from src.config.schema.checks import MOST_INT, Check, Keys
 from src.config.schema.data import PLACEHOLDER, Batching, DataConfig, Overflow, SourceConfig, SupervisedTurns, Thoughts
 from src.config.schema.deepspeed import WIDTH_SIZES, DeepSpeedConfig, NoDeepSpeedConfig, ZeroConfig, ZeroFileConfig
@@ -72,7 +72,7 @@ class RunConfig(TopLevelConfig):
 
     @property
     def lora(self) -> LoraConfig | None:
-        """The adapter's settings; None where every weight is trained."""
+        """LoRA's settings; None where every weight is trained, or rows of new tokens alone."""
         return self.adapter if isinstance(self.adapter, LoraConfig) else None
 
     @property
@@ -93,7 +93,7 @@ class RunConfig(TopLevelConfig):
 
 
 _BY_TYPE: dict[str, dict[str, type]] = {
-    "adapter": {"none": NoAdapterConfig, "lora": LoraConfig},
+    "adapter": {"none": NoAdapterConfig, "lora": LoraConfig, "tokens_only": TokensOnlyConfig},
     "optimizer": OPTIMIZERS,
     "scheduler": SCHEDULES,
     "deepspeed": {"none": NoDeepSpeedConfig, "zero": ZeroConfig, "file": ZeroFileConfig},

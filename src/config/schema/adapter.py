@@ -1,4 +1,4 @@
-"""conf/adapter: LoRA by PEFT's own keys, or none."""
+"""conf/adapter: LoRA by PEFT's own keys, the rows of new tokens alone, or none."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -87,4 +87,13 @@ class LoraConfig:
     is_on = True
 
 
-AdapterConfig = NoAdapterConfig | LoraConfig
+@dataclass
+class TokensOnlyConfig:
+    """conf/adapter/tokens_only.yaml: the rows of new tokens are all that is trained."""
+
+    type: str = _type(["tokens_only"])
+
+    is_on = True
+
+
+AdapterConfig = NoAdapterConfig | LoraConfig | TokensOnlyConfig
