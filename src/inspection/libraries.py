@@ -6,12 +6,15 @@ from importlib import import_module
 
 from src.runtime.allocation import resident_bytes
 
+from src.model.quantization import quiet_bitsandbytes
+
 
 def import_as_run(modules: Sequence[str]) -> int:
     """Import the modules that a run imports, and return the bytes that this process holds then.
 
     A process of its own would hold as much, and cost its imports on top: most modules are needed here too.
     """
+    quiet_bitsandbytes()  # PEFT imports it
     for name in modules:
         with suppress(ImportError):  # code of a checkpoint's own, or a library that only the run itself would miss
             import_module(name)
