@@ -43,7 +43,6 @@ NOT_OURS = ("source", "pip", "#!", "#SBATCH", "export", "if", "scontrol")
 FILE_TYPES = ("html", "json", "jsonl", "py", "yaml", "md", "log", "db", "safetensors")
 SHELL = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NODEID": "1", "MAIN": "10.0.0.1"}
 FILES = {
-    "train.jsonl": '{"question": "a", "answer": "#### 1"}\n',
     "questions.jsonl": '{"prompt": "1+1="}\n',
     "rows.jsonl": '{"prompt": "1+1=", "completion": "2"}\n',
     "a.csv": "prompt\n1+1=\n",
@@ -83,6 +82,15 @@ COMMANDS = [
 ]
 
 
+def make_what_the_guide_makes(place: Path) -> None:
+    """Write the option of docs/guide.md, and its rows, by its script."""
+    (script,), (option, *_) = (blocks(PAGES["docs/guide.md"], language) for language in ("python", "yaml"))
+    (place / "mine" / "experiment").mkdir(parents=True)
+    (place / "mine" / "experiment" / "totals.yaml").write_text(option, encoding="utf-8")
+    with contextlib.chdir(place):
+        exec(script, {})
+
+
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with what the commands name that a clean clone does not have."""
@@ -91,6 +99,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (place / name).symlink_to(ROOT / name)
     for name, text in FILES.items():
         (place / name).write_text(text, encoding="utf-8")
+    make_what_the_guide_makes(place)
     shutil.copytree(ROOT / "assets" / "tiny_llama", place / "models" / "gsm8k")
     (place / "models" / "gsm8k" / "model.safetensors").touch()
     shutil.copytree(place / "models" / "gsm8k", place / "models" / "mine")
@@ -98,7 +107,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(place / "models" / "gsm8k", run / "model")
     (run / "config.yaml").write_text(yaml.safe_dump(admitted("tracking=mlflow").frozen), encoding="utf-8")
     (run / "status.json").write_text('{"state": "FINISHED", "step": 400}', encoding="utf-8")
-    shutil.copytree(run, run.with_name("other"))
+    for name in ("other", "thoughts", "plain"):
+        shutil.copytree(run, run.with_name(name))
     return place
 
 
@@ -166,6 +176,14 @@ def check(words: list[str]) -> None:
 def test_every_command_is_admitted(command: str, clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(clone)
     check(shlex.split(command))
+
+
+def test_the_guides_rows_are_those_that_it_shows(clone: Path) -> None:
+    (shown,) = blocks(PAGES["docs/guide.md"], "json")
+    rows = {name: (clone / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("train", "validation", "test")}
+    assert rows["train"].startswith(shown)
+    assert {name: text.count("\n") for name, text in rows.items()} == {"train": 1000, "validation": 50, "test": 150}
+    assert len({row for text in rows.values() for row in text.splitlines()}) == 1200
 
 
 def test_there_are_commands_of_every_kind() -> None:
