@@ -41,6 +41,8 @@ def _model(config: RunConfig, state: TrainState) -> str:
         kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
         targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
         text += f"\n{kind}, r {lora.r}, on {targets}"
+    elif config.adapter.is_on:
+        text += "\nonly the rows of new tokens are trained"
     text += f"\n{total:,} parameters, {'all' if trained == total else f'{trained:,} ({trained / total:.2%})'} trained"
     if state.uses_full_logits:
         text += "\nits logits are more than head(hidden states): the full logits are computed (slower, more memory)"

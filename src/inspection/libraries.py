@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 
-from src.runtime.allocation import resident_bytes
-
 from src.model.quantization import quiet_bitsandbytes
+from src.runtime.allocation import resident_bytes
 
 
 def import_as_run(modules: Sequence[str]) -> int:
