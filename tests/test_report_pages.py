@@ -114,6 +114,16 @@ def test_rows_right_and_wrong_are_those_of_the_predictions(pair: list[Path]) -> 
         assert [row[0] for row in table(page, "Right and wrong", f"right only in {name}").rows] == sources != []
 
 
+def test_rows_that_were_evaluated_count_beside_others_that_were_predicted(pair: list[Path]) -> None:
+    for folder in pair:
+        (folder / "evaluations" / "test").mkdir(parents=True)
+        (folder / "predictions" / "test.jsonl").rename(folder / "evaluations" / "test" / "predictions.jsonl")
+    evaluated = texts(page_of(pair), "Right and wrong")
+    asked = [{**row, "source": f"questions.jsonl:{row['row'] + 1}", "reference": None} for row in predicted(3, 1)]
+    write_lines(pair[0] / "predictions" / "test.jsonl", asked)
+    assert texts(page_of(pair), "Right and wrong") == evaluated != ""
+
+
 def test_differences_of_the_configuration_are_those_of_a_diff(pair: list[Path]) -> None:
     def lines(node: Any, prefix: str = "") -> Iterator[str]:
         for key, value in node.items():

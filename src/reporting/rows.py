@@ -51,10 +51,14 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail / 2**count)
 
 
-def prediction_files(folder: Path) -> dict[str, Path]:
-    """Return the files of a run's predictions by the name of their set."""
-    evaluated = {file.parent.name: file for file in sorted(folder.glob(f"{EVALUATED}/*/predictions.jsonl"))}
-    return evaluated | {file.stem: file for file in sorted(folder.glob(f"{PREDICTIONS}/*.jsonl"))}
+def prediction_files(folder: Path) -> dict[str, list[Path]]:
+    """Return the files of a run's predictions by the name of their set; src.predict's come last."""
+    files: dict[str, list[Path]] = {}
+    for file in sorted(folder.glob(f"{EVALUATED}/*/predictions.jsonl")):
+        files.setdefault(file.parent.name, []).append(file)
+    for file in sorted(folder.glob(f"{PREDICTIONS}/*.jsonl")):
+        files.setdefault(file.stem, []).append(file)
+    return files
 
 
 def agreements(
@@ -80,13 +84,13 @@ def agreements(
             yield Agreement(name, [_pair(one[source], other[source], patterns) for source in shared])
 
 
-def _rows(file: Path) -> dict[str, Mapping[str, Any]]:
-    """Return the lines of predictions that have a reference, by file and line of their rows."""
+def _rows(files: Sequence[Path]) -> dict[str, Mapping[str, Any]]:
+    """Return the lines of predictions that have a reference, by file and line of their rows; later files count."""
 
     def check(line: dict[str, Any], _: dict[str, Any] | None) -> None:
         check_keys(line, {**NEEDED, "reference": (str, type(None))})
 
-    lines = [line.content for line in read_lines(file, check)]
+    lines = [line.content for file in files for line in read_lines(file, check)]
     return {line["source"]: line for line in lines if line["reference"] is not None}
 
 
