@@ -174,7 +174,7 @@ class Console:
             self.say(f"{begin:<{LABEL + 2}}{line}", hang=LABEL + 2)
 
     def table(self, summary: Mapping[str, Any]) -> None:
-        """Print the run's final numbers."""
+        """Print numbers by name."""
         longest = max(len(name) for name in summary)
         for name, value in summary.items():
             shown = f"{value:,}" if isinstance(value, int) else value
