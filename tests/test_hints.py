@@ -65,7 +65,7 @@ MEANT: tuple[tuple[list[str], str], ...] = (
     (["generation.max_length=5"], "did you mean generation.max_new_tokens? "),
     (["generation.max_tokens=5"], "did you mean generation.max_new_tokens or generation.max_thought_tokens? "),
     (["generate.max_tokens=5"], "did you mean generation.max_new_tokens or generation.max_thought_tokens? "),
-    (["loss.weight=3"], "did you mean loss.thought_weight? "),
+    (["loss.weight=3"], "did you mean loss.thought_weight or loss.thought_open_weight or "),
     (["tracking.experiment=x"], "did you mean tracking.experiment_name? "),
     (["tracking.name=x"], "did you mean tracking.run_name? "),
     (["tracking=none", "tracking.name=x"], "did you mean tracking=mlflow tracking.run_name=x? "),

@@ -10,8 +10,10 @@ import signal
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -29,7 +31,7 @@ from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import STOP_SIGNALS, StopRequest, stop_on_signals
 from src.training.loop import MicroBatch, Step, step_once, train
 from src.training.state import StepResult, StepStats, TrainState, build_train_state, num_train_steps
-from tests.conftest import admitted
+from tests.conftest import admitted, write_lines
 
 CPU = RuntimeConfig(device=Device.cpu, deterministic=False)
 
@@ -113,21 +115,24 @@ def test_loss_does_not_depend_on_how_the_batch_is_cut(
             torch.testing.assert_close(other.weights[name], weight, rtol=0, atol=tolerance)
 
 
-def test_weighted_and_smoothed_steps_do_not_depend_on_the_cut_either(runtime: Runtime) -> None:
-    settings = ["loss.thought_weight=0.3", "loss.label_smoothing=0.1", "data.limit=27", "optimizer=sgd"]
+def test_weighted_and_smoothed_steps_do_not_depend_on_the_cut_either(runtime: Runtime, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in Path("data/tow_addition/train.jsonl").read_text().splitlines()[:27]]
+    write_lines(tmp_path / "rows.jsonl", [row | {"worth": [1, 0, 0.25, 3][i % 4]} for i, row in enumerate(rows)])
+    parts = ["thought_weight=0.3", "thought_open_weight=2", "thought_close_weight=0.5", "after_thought_weight=1.5"]
+    settings = [f"loss.{one}" for one in (*parts, "label_smoothing=0.1")]
+    settings += ["optimizer=sgd", "data.weight_column=worth", *rows_of(str(tmp_path / "rows.jsonl"))]
+    names = ("loss", "objective", "thought_loss", "answer_loss", "thought_open_loss", "after_thought_loss")
     runs = []
     for size, accumulation in CUTS:
         cut = [f"training.per_device_train_batch_size={size}", f"training.gradient_accumulation_steps={accumulation}"]
         config, data, state = assembled(runtime, "training.max_train_steps=8", *settings, *cut)
         lines = [step.pop_metrics() for step in train(state, data.train, config, runtime, pad_token_id=0)]
-        assert lines[0].keys() >= {"train/loss", "train/objective", "train/thought_loss", "train/answer_loss"}
+        assert lines[0].keys() >= {f"train/{name}" for name in names}
         runs.append(lines)
     for other in runs[1:]:
         for ours, theirs in zip(runs[0], other, strict=True):
-            for name in ("train/loss", "train/objective", "train/thought_loss", "train/answer_loss"):
-                assert theirs[name] == pytest.approx(ours[name], abs=1e-5)
-    plain = trained(runtime, "data.limit=27", "optimizer=sgd", "training.per_device_train_batch_size=8")
-    assert plain.losses[0] == pytest.approx(runs[0][0]["train/loss"], abs=1e-5)  # unweighted, unsmoothed
+            for name in names:
+                assert theirs[f"train/{name}"] == pytest.approx(ours[f"train/{name}"], abs=1e-5)
 
 
 def hand_made(rows: list[list[int]], supervised_from: list[int]) -> Batch:
@@ -137,8 +142,8 @@ def hand_made(rows: list[list[int]], supervised_from: list[int]) -> Batch:
     for i, (row, start) in enumerate(zip(rows, supervised_from, strict=True)):
         labels[i, :start] = -100
         labels[i, len(row) :] = -100
-    count = int((labels[:, 1:] != -100).sum())
-    return Batch(input_ids, labels, list(range(len(rows))), sum(map(len, rows)), count)
+    counts = np.array([int((labels[:, 1:] != -100).sum()), 0, 0, 0, 0])
+    return Batch(input_ids, labels, list(range(len(rows))), sum(map(len, rows)), counts, counts)
 
 
 def test_a_micro_batch_without_any_supervised_token_adds_nothing(runtime: Runtime) -> None:
@@ -373,7 +378,7 @@ def test_a_step_says_what_is_due_after_it() -> None:
 
 def test_a_step_gives_the_means_since_they_were_last_taken_and_what_is_minimised_where_that_differs() -> None:
     result = {"number": 6, "epoch": 1, "ends_epoch": True, "lr": 0.1, "grad_norm": 2.0, "is_last": False}
-    stats = StepStats(nll=6.0, num_supervised=3, objective=8.0, num_steps=4, num_tokens=50, seconds=5.0)
+    stats = StepStats(nll=6.0, part_counts=(3, 0, 0, 0, 0), objective=8.0, num_steps=4, num_tokens=50, seconds=5.0)
     step = Step(**result, stats=stats, with_objective=True)
     assert (step.loss, step.tokens_per_second) == (2.0, 10.0)
     own = {"train/lr": 0.1, "train/grad_norm": 2.0}
@@ -442,7 +447,7 @@ def test_a_snapshot_in_fresh_objects_trains_on_bit_for_bit(runtime: Runtime) -> 
     assert (fresh.step, fresh.last_step, fresh.stats) == (
         3,
         StepResult(**kept.state["last"]),
-        StepStats(**kept.state["meter"]),
+        StepStats.from_dict(kept.state["meter"]),
     )
     found = [step.pop_metrics() for step in train(fresh, data.train, config, runtime, pad_token_id=0)]
     assert [plain(line) for line in found] == [plain(line) for line in expected]

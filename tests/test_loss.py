@@ -26,7 +26,17 @@ import src.training.loss as loss_module
 from src.config.schema import LossConfig, Reduction
 from src.data.encoding import IGNORE_INDEX
 from src.training.head import ModelWithLoss, shifted
-from src.training.loss import span_losses, step_objective, sum_of_weights, supervised_positions, token_losses
+from src.training.loss import (
+    part_losses,
+    part_weights,
+    span_losses,
+    step_objective,
+    sum_of_weights,
+    supervised_positions,
+    token_losses,
+)
+
+EACH = {"thought_open_weight": 2.0, "thought_close_weight": 0.5, "after_thought_weight": 3.0}
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +116,8 @@ def test_nothing_supervised_is_zero_and_still_has_gradients() -> None:
 def test_states_predict_the_next_label() -> None:
     hidden = torch.arange(5.0).reshape(1, 5, 1)
     labels = torch.tensor([[IGNORE_INDEX, IGNORE_INDEX, 7, 8, IGNORE_INDEX]])
-    states, targets, _ = supervised_positions(hidden, labels)
+    states, targets, parts, weights = supervised_positions(hidden, labels)
+    assert (parts, weights) == (None, None)
     assert states.flatten().tolist() == [1.0, 2.0]
     assert targets.tolist() == [7, 8]
 
@@ -220,22 +231,47 @@ def test_smoothing_is_the_librarys_and_the_nll_stays_unsmoothed(monkeypatch: pyt
 def test_thoughts_weigh_what_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
     input_ids, labels = batch(rows=2)
-    thoughts = torch.zeros_like(labels, dtype=torch.bool)
-    thoughts[:, 5:8] = True
-    plain = ModelWithLoss(model)(input_ids, labels, is_thought=thoughts)
-    weighted = ModelWithLoss(model, LossConfig(Reduction.mean, 0.25, 0.0))(input_ids, labels, is_thought=thoughts)
-    assert torch.equal(plain.nll, weighted.nll)
-    assert weighted.is_thought is not None
-    of_thoughts = weighted.nll[weighted.is_thought].sum()
-    assert int(weighted.is_thought.sum()) == 6
-    assert weighted.objective.item() == pytest.approx((plain.nll.sum() - 0.75 * of_thoughts).item(), rel=1e-6)
-    assert weighted.sums().tolist() == pytest.approx(
-        [weighted.objective.item(), plain.nll.sum().item(), of_thoughts.item()]
-    )
-    assert sum_of_weights(20, 6, LossConfig(Reduction.mean, 0.25, 0.0)) == 15.5
+    parts = torch.zeros_like(labels, dtype=torch.uint8)
+    parts[:, 5:9] = torch.tensor([2, 1, 3, 4])  # <ToW> x </ToW> y
+    plain = ModelWithLoss(model)(input_ids, labels, parts=parts)
+    assert plain.parts is not None
+    of_part = [plain.nll[plain.parts == part].sum().item() for part in range(5)]
+    assert plain.sums().tolist() == pytest.approx([plain.objective.item(), plain.nll.sum().item(), *of_part])
+    assert plain.is_thought is not None
+    assert plain.is_thought.sum() == 6
+    for given, weights in (({}, [1, 0.25, 0.25, 0.25, 1]), (EACH, [1, 0.25, 2, 0.5, 3])):
+        config = LossConfig(Reduction.mean, 0.25, 0.0, **given)
+        weighted = ModelWithLoss(model, config)(input_ids, labels, parts=parts)
+        assert torch.equal(plain.nll, weighted.nll)
+        expected = sum(weight * nll for weight, nll in zip(weights, of_part, strict=True))
+        assert weighted.objective.item() == pytest.approx(expected, rel=1e-6)
+        assert part_weights(config) == weights
+        assert sum_of_weights([14, 6.5, 2, 2, 1], config) == pytest.approx(
+            14 + 6.5 / 4 + sum(weights[2:4]) * 2 + weights[4]
+        )
+
+
+def test_rows_weigh_what_they_are_given() -> None:
+    model = tiny()
+    input_ids, labels = batch(rows=2)
+    weights = torch.tensor([[0.5], [2.0]]).expand(labels.shape)
+    apart = [ModelWithLoss(model)(input_ids[[i]], labels[[i]]).objective.item() for i in range(2)]
+    weighted = ModelWithLoss(model)(input_ids, labels, row_weights=weights)
+    assert weighted.objective.item() == pytest.approx(0.5 * apart[0] + 2 * apart[1], rel=1e-6)
+    assert weighted.sums()[1].item() == pytest.approx(sum(apart), rel=1e-6)  # the loss itself is not weighted
 
 
 def test_losses_of_spans() -> None:
     assert span_losses(10.0, 5, 0.0, 0) == {}
     assert span_losses(10.0, 5, 4.0, 2) == {"thought_loss": 2.0, "answer_loss": 2.0}
     assert span_losses(4.0, 2, 4.0, 2) == {"thought_loss": 2.0}
+
+
+def test_losses_of_parts() -> None:
+    assert part_losses([10.0, 0, 0, 0, 0], [5, 0, 0, 0, 0]) == {}
+    assert part_losses([10.0, 6.0, 1.0, 2.0, 5.0], [5, 3, 2, 1, 1]) == {
+        "thought_loss": 1.5, "answer_loss": 2.5,
+        "thought_inner_loss": 2.0, "thought_open_loss": 0.5, "thought_close_loss": 2.0, "after_thought_loss": 5.0,
+    }  # fmt: skip
+    cut = part_losses([0, 6.0, 1.0, 0, 0], [0, 3, 2, 0, 0])
+    assert cut == {"thought_loss": 1.4, "thought_inner_loss": 2.0, "thought_open_loss": 0.5}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from src.config.schema import Batching
-from src.data.encoding import IGNORE_INDEX
+from src.data.encoding import IGNORE_INDEX, PARTS
 from src.data.sets import EncodedSet, LabelledRow
 from src.data.stream import StreamedSet
 from src.errors import DataError
@@ -28,21 +28,28 @@ class Batch:
     Padding needs no attention mask in a causal model: no token comes after it. Packed rows are kept apart by
     `position_ids` [batch, seq], which restart at 0 with every row, and with padding too. For an encoder-decoder
     `attention_mask` [batch, seq] masks padding of the input, and `target_ids` and labels are [batch, target].
-    `is_thought`: mask of thought labels, of the labels' shape; None where no row has one. `bounds` are the rows', for
-    FlashAttention's padding-free form: see row_bounds.
+    `parts`, of the labels' shape, numbers the part of each label (see PARTS); None where no row has a thought.
+    `row_weights`, of the same shape, is the weight of each label's row in the loss; None where all weigh 1.
+    `part_counts` [parts] are the supervised tokens of each part, `part_weights` [parts] the sums of their rows'
+    weights. `bounds` are the rows', for FlashAttention's padding-free form: see row_bounds.
     """
 
     input_ids: Tensor
     labels: Tensor
     rows: list[int]
     num_tokens: int
-    num_supervised: int
+    part_counts: np.ndarray
+    part_weights: np.ndarray
     position_ids: Tensor | None = None
     attention_mask: Tensor | None = None
     target_ids: Tensor | None = None
-    is_thought: Tensor | None = None
-    num_thought: int = 0
+    parts: Tensor | None = None
+    row_weights: Tensor | None = None
     bounds: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_supervised(self) -> int:
+        return int(self.part_counts.sum())
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with its tensors on a device, copied without waiting where the memory is pinned."""
@@ -224,21 +231,25 @@ def collate(rows: LabelledRows, sequences: Sequences, pad_token_id: int, *, padd
     packed = [[rows[index] for index in sequence] for sequence in ([indices] if padding_free else sequences)]
     each = [row for sequence in packed for row in sequence]
 
-    def padded(column: Callable[[LabelledRow], Any], filler: int) -> Tensor:
-        joined = [torch.from_numpy(np.concatenate([column(row) for row in sequence])).long() for sequence in packed]
+    def padded(column: Callable[[LabelledRow], Any], filler: int, dtype: torch.dtype = torch.long) -> Tensor:
+        joined = [torch.from_numpy(np.concatenate([column(row) for row in sequence])).to(dtype) for sequence in packed]
         return pad_sequence(joined, batch_first=True, padding_value=filler)
 
     labels = padded(lambda row: row.labels, IGNORE_INDEX)
-    is_thought = padded(lambda row: row.is_thought, 0).bool()
+    counts = np.stack([np.bincount(row.parts[row.labels != IGNORE_INDEX], minlength=len(PARTS)) for row in each])
+    weights = np.array([row.weight for row in each])
     batch = Batch(
         padded(lambda row: row.input_ids, pad_token_id),
         labels,
         indices,
         num_tokens=sum(row.num_tokens for row in each),
-        num_supervised=int((labels != IGNORE_INDEX).sum()),
-        num_thought=int(is_thought.sum()),
+        part_counts=counts.sum(axis=0),
+        part_weights=weights @ counts,
     )
-    batch.is_thought = is_thought if batch.num_thought else None
+    if batch.part_counts[1:].any():
+        batch.parts = padded(lambda row: row.parts, 0, torch.uint8)
+    if (weights != 1).any():
+        batch.row_weights = padded(lambda row: np.full(len(row.labels), row.weight), 0, torch.float32)
     if rows.is_encoder_decoder:
         batch.attention_mask = padded(lambda row: np.ones(len(row.input_ids)), 0)
         batch.target_ids = padded(lambda row: row.target_ids, pad_token_id)

@@ -95,6 +95,7 @@ class RowCache:
             with closing(RowWriter(unfinished)) as writer, without_cycles():
                 chunks = self._within_the_disk(encode_chunks(source.records(), encoding, self._num_workers))
                 stats = write_rows(name, chunks, writer, self._show_progress)
+                stats.tag_ids = encoding.tag_ids
                 if source.identity() != identity:
                     raise DataError(f"{source.name} changed while being read; start again when it is complete")
                 writer.finish(stats)

@@ -204,7 +204,7 @@ class _Builder:
 
     def eval_set(self, name: str, source: Source) -> EncodedSet:
         """Build a set that is evaluated or predicted."""
-        rows = EncodedSet(name, [self._shard(name, source, self.data)])
+        rows = EncodedSet(name, [self._shard(name, source, replace(self.data, weight_column=None))])
         if not self.to_predict:
             self._report(rows)
         if not self.to_predict or all(rows.completion(i) for i in range(len(rows))):
@@ -238,8 +238,10 @@ class _Builder:
         sources = self.sources.values()
         weights, counts = [source.weight for source in sources], [source.count for source in sources]
         sample_counts = splits.sample_counts([len(indices) for indices in rows], weights, counts)
-        train = EncodedSet("train", list(shards.values()), self._row_order(rows, sample_counts))
+        train = EncodedSet("train", list(shards.values()), self._row_order(rows, sample_counts), is_weighted=True)
         report = self._report(train, held_out)
+        if len(train) and not report.supervised_tokens:
+            raise DataError("train has nothing to learn: the weight of every row is 0 (data.weight_column)")
         if self.data.mixture:
             _report_mixture(report, train, list(shards))
         if not len(train):

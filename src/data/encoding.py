@@ -19,6 +19,11 @@ ANSWER, THOUGHT = 0, 1
 SPAN_KINDS = ("answer", "thought")
 """What a supervised token can be: part of a thought, its tags included, or of the answer."""
 
+PARTS = ("answer", "thought", "thought_open", "thought_close", "after_thought")
+"""What a supervised token is to the loss, by its number: `thought` is what stands between the tags, and `after_thought`
+the answer's first token after a thought. A span's kind is the number of what most of it is."""
+THOUGHT_OPEN, THOUGHT_CLOSE, AFTER_THOUGHT = 2, 3, 4
+
 
 @dataclass(frozen=True, slots=True)
 class Lengths:

@@ -1,12 +1,14 @@
 """Records to examples: thoughts are written or dropped, templates filled, chats rendered by the model's template."""
 
+import math
 from typing import Any, NamedTuple
 
 from src.config.formats import roles
 from src.config.schema import PLACEHOLDER, DataConfig, Thoughts
+from src.config.schema.checks import WEIGHT_OR_ZERO
 from src.data.answers import strip_thoughts
 from src.data.chat import ChatTemplate
-from src.data.formats import Chat, Pair, load_format
+from src.data.formats import BadRow, Chat, Pair, field, load_format
 from src.data.formats.messages import ROLES, SUPERVISION_KEYS, THOUGHT, form_of
 from src.data.readers.record import Record
 from src.data.text_encoder import Segment, last_turn
@@ -22,6 +24,7 @@ class Example(NamedTuple):
     is `completion`; `reference` is the answer of a perfect model, without thoughts and without what a chat template
     adds. EOS follows as an id where `needs_eos`: a chat template has its own ends of turns. `changes` names what the
     template does to the texts of the messages (see chat.RenderedChat), `unread` the keys of the row that nothing reads.
+    `weight` is the row's in the loss; None: it has none of its own, which is 1.
     """
 
     segments: tuple[Segment, ...]
@@ -32,6 +35,7 @@ class Example(NamedTuple):
     was_cleaned: bool = False
     changes: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
+    weight: float | None = None
 
     @property
     def supervised_text(self) -> str:
@@ -56,7 +60,13 @@ class ExampleBuilder:
 
     def build(self, record: Record) -> Example:
         """Build the example of one record; BadRow where it does not have what its format needs."""
-        return self._prompt_example(record.fields) if self._to_predict else self._example(record.fields)
+        if self._to_predict:
+            return self._prompt_example(record.fields)
+        example, column = self._example(record.fields), self._data.weight_column
+        if column is None:
+            return example
+        unread = tuple(name for name in example.unread if name != column)
+        return example._replace(unread=unread, weight=row_weight(record.fields, column))
 
     def _prompt_example(self, fields: dict[str, Any]) -> Example:
         """Build an example whose last turn is only EOS; `completion` and `reference` are '' without an answer."""
@@ -157,6 +167,21 @@ def _with_answer(fields: dict[str, Any], data: DataConfig) -> tuple[dict[str, An
     last = {key: value for key, value in last.items() if key not in SUPERVISION_KEYS}  # predicted at any weight
     last |= {} if has_answer else {content_key: FILLER}
     return fields | {column: [*before, last]}, has_answer
+
+
+def row_weight(fields: dict[str, Any], column: str) -> float:
+    """Return a row's weight; BadRow where it is missing, or not a number that a weight can be.
+
+    A number may be written as a text: tables such as CSV have nothing else.
+    """
+    value = field(fields, column, "data.weight_column")
+    try:
+        weight = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        weight = math.nan
+    if not WEIGHT_OR_ZERO.holds(weight):
+        raise BadRow(f"{column!r} is {value!r}; a row's weight is {WEIGHT_OR_ZERO.allowed} (data.weight_column)")
+    return weight
 
 
 def fill(template: str, parts: dict[str, str]) -> str:

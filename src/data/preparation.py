@@ -56,6 +56,14 @@ class EncodingConfig:
         """What opens and closes a thought; None where none is written."""
         return thought_tags(self.data, self.tokens)
 
+    @property
+    def tag_ids(self) -> tuple[int, int] | None:
+        """The ids of these tags."""
+        if self.tags is None:
+            return None
+        opened, closed = self.tokenizer.convert_tokens_to_ids(list(self.tags))
+        return opened, closed
+
     def settings(self) -> dict[str, Any]:
         """Return all that shapes a row but the tokenizer, as plain values.
 

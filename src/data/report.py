@@ -31,6 +31,7 @@ class SplitReport:
     rows_truncated: int = 0
     rows_repeated: int = 0
     rows_cleaned: int = 0
+    rows_of_weight_0: int = 0
     rows_dropped: Counter[str] = field(default_factory=Counter)
     dropped_places: dict[str, list[str]] = field(default_factory=dict)
     tokens: int = 0
@@ -71,12 +72,14 @@ class SplitReport:
         self.new_tokens = {token: {"fed": 0, "supervised": 0} for token in new_tokens}
         for batch, times in rows.multiplicities():
             spans = batch.spans.reshape(-1, 3)
-            span_times = np.repeat(times, np.diff(batch.span_offsets) // 3)
+            are_supervised = rows.are_supervised(batch)
+            self.rows_of_weight_0 += int(times[~are_supervised].sum())
+            span_times = np.repeat(times * are_supervised, np.diff(batch.span_offsets) // 3)
             sizes = (spans[:, 2] - spans[:, 1]) * span_times
             self.supervised_tokens += int(sizes.sum())
             self.thought_tokens += int(sizes[spans[:, 0] == THOUGHT].sum())
             fed = np.repeat(times, np.diff(batch.input_offsets))
-            supervised = batch.supervised() * np.repeat(times, np.diff(batch.label_offsets))
+            supervised = batch.supervised() * np.repeat(times * are_supervised, np.diff(batch.label_offsets))
             for token, token_id in new_tokens.items():
                 self.new_tokens[token]["fed"] += int(fed[batch.input_ids == token_id].sum())
                 self.new_tokens[token]["supervised"] += int(supervised[batch.label_ids == token_id].sum())
@@ -115,6 +118,8 @@ class SplitReport:
         text += f" ({self.rows_truncated:,} truncated, {dropped:,} dropped{': ' + why if why else ''}"
         text += f", {self.rows_repeated:,} repeated)" if self.rows_repeated else ")"
         text += f", {self.supervised_tokens:,} of {self.tokens:,} tokens supervised"
+        if self.rows_of_weight_0:
+            text += f"\n  {plural(self.rows_of_weight_0, 'row')} of weight 0: fed and counted, not learned"
         if len(self.sources) > 1:
             text += f"\n  mixed of {', '.join(f'{name} {count:,}' for name, count in self.sources.items())}"
         if self.unread_keys:

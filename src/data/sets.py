@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from src.data.encoding import IGNORE_INDEX, THOUGHT
+from src.data.encoding import AFTER_THOUGHT, ANSWER, IGNORE_INDEX, THOUGHT, THOUGHT_CLOSE, THOUGHT_OPEN
 from src.data.readers.record import place_of
 from src.data.splits import concatenate
 from src.data.store import Shard, StoredBatch
@@ -17,40 +17,64 @@ from src.data.store import Shard, StoredBatch
 class LabelledRow:
     """One row as training uses it: input_ids [length]; labels [length], or [target] with target_ids; not shifted.
 
-    `spans` [n, 3] are kind, start and stop of the supervised positions.
+    `spans` [n, 3] are kind, start and stop of the supervised positions; `tag_ids` open and close a thought in them.
+    `weight` is the row's in the loss; one of weight 0 is fed, and not supervised.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     target_ids: np.ndarray | None
     spans: np.ndarray
+    tag_ids: tuple[int, int] | None = None
+    weight: float = 1.0
 
     @property
     def num_tokens(self) -> int:
         return len(self.input_ids) + (0 if self.target_ids is None else len(self.target_ids))
 
     @property
-    def is_thought(self) -> np.ndarray:
-        """Mask of the labels that are part of a thought, of the labels' shape."""
-        mask = np.zeros(len(self.labels), dtype=bool)
+    def parts(self) -> np.ndarray:
+        """The part of each supervised label, a number of PARTS, of the labels' shape; elsewhere it means nothing.
+
+        A tag is one only at its end of the thought: a thought that is cut has no closing tag, and one that begins the
+        row no opening tag, as nothing predicts it.
+        """
+        parts = np.full(len(self.labels), ANSWER, dtype=np.uint8)
+        if self.tag_ids is None:
+            return parts
+        open_id, close_id = self.tag_ids
         for kind, start, stop in self.spans.tolist():
-            mask[start:stop] = kind == THOUGHT
-        return mask
+            if kind != THOUGHT:
+                continue
+            parts[start:stop] = THOUGHT
+            if self.labels[start] == open_id:
+                parts[start] = THOUGHT_OPEN
+            if self.labels[stop - 1] == close_id:
+                parts[stop - 1] = THOUGHT_CLOSE
+            parts[stop : stop + 1] = AFTER_THOUGHT  # where a thought follows, it comes next and takes its place
+        return parts
 
 
 class EncodedSet:
     """Rows of shards, one a source; row i is `set[i]`.
 
     `indices` are (shard, row in it) of every row of the set, [rows, 2]; None: all rows, shard after shard. `lengths`
-    [rows] are of a causal model's input, or an encoder's; `target_lengths` [rows] are 0 for a causal model.
+    [rows] are of a causal model's input, or an encoder's; `target_lengths` [rows] are 0 for a causal model. In a set
+    that is trained on, `is_weighted`, rows have their weights; elsewhere all count alike.
     """
 
-    def __init__(self, name: str, shards: Sequence[Shard], indices: np.ndarray | None = None) -> None:
-        self.name, self.shards = name, list(shards)
+    def __init__(
+        self, name: str, shards: Sequence[Shard], indices: np.ndarray | None = None, *, is_weighted: bool = False
+    ) -> None:
+        self.name, self.shards, self.is_weighted = name, list(shards), is_weighted
         self.indices = concatenate([np.arange(len(shard)) for shard in shards]) if indices is None else indices
         self.lengths = self._select([shard.lengths for shard in shards])
         self.target_lengths = self._select([shard.target_lengths for shard in shards])
         self.is_encoder_decoder = bool(self.target_lengths.any())
+
+    def select(self, rows: Sequence[int] | np.ndarray) -> "EncodedSet":
+        """Return a set of some of its rows: by their indices, or by a mask, [rows]."""
+        return EncodedSet(self.name, self.shards, self.indices[rows], is_weighted=self.is_weighted)
 
     @property
     def first(self) -> Self:
@@ -74,14 +98,17 @@ class EncodedSet:
 
     def __getitem__(self, index: int) -> LabelledRow:
         batch, i = self._locate(index)
+        weight = float(batch.weights[i]) if self.is_weighted and batch.weights is not None else 1.0
         ids = batch.input_ids[batch.input_offsets[i] : batch.input_offsets[i + 1]]
         targets = batch.target_ids[batch.target_offsets[i] : batch.target_offsets[i + 1]]
-        spans = batch.spans[batch.span_offsets[i] : batch.span_offsets[i + 1]].reshape(-1, 3)
+        stop = batch.span_offsets[i + 1] if weight else batch.span_offsets[i]
+        spans = batch.spans[batch.span_offsets[i] : stop].reshape(-1, 3)
         label_ids = targets if len(targets) else ids
         labels = np.full(len(label_ids), IGNORE_INDEX, dtype=np.int32)
         for _, start, stop in spans.tolist():
             labels[start:stop] = label_ids[start:stop]
-        return LabelledRow(ids, labels, targets if len(targets) else None, spans)
+        tag_ids = self.shards[self.indices[index, 0]].tag_ids
+        return LabelledRow(ids, labels, targets if len(targets) else None, spans, tag_ids, weight)
 
     def _locate(self, index: int) -> tuple[StoredBatch, int]:
         shard, row = self.indices[index].tolist()
@@ -143,7 +170,21 @@ class EncodedSet:
 
     def supervised_lengths(self) -> np.ndarray:
         """Return the number of supervised tokens of each row, [rows]."""
-        return self._select([shard.joined(StoredBatch.supervised_lengths) for shard in self.shards])
+        return self._select([shard.joined(self._supervised_lengths) for shard in self.shards])
+
+    def _supervised_lengths(self, batch: StoredBatch) -> np.ndarray:
+        return batch.supervised_lengths() * self.are_supervised(batch)
+
+    def are_supervised(self, batch: StoredBatch) -> np.ndarray:
+        """Return which rows of a batch are supervised: not those of weight 0, [rows of the batch]."""
+        if self.is_weighted and batch.weights is not None:
+            return batch.weights > 0
+        return np.ones(batch.records.num_rows, dtype=bool)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether any row has a weight of its own."""
+        return self.is_weighted and any(batch.weights is not None for s in self.shards for batch in s.batches)
 
     def multiplicities(self) -> Iterator[tuple[StoredBatch, np.ndarray]]:
         """Yield every batch with rows of this set, and how often each row is in the set, [rows of the batch]."""

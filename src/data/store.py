@@ -41,6 +41,7 @@ SCHEMA = pa.schema(
         "supervised_text": pa.string(),  # of every turn; null: the completion
         "changes": pa.string(),  # by the chat template, one a line: see chat.RenderedChat; null: none
         "unread": pa.string(),  # keys that nothing reads, one a line; null: none
+        "weight": pa.float64(),  # in the loss; null: 1
     }
 )
 
@@ -56,11 +57,12 @@ class DroppedRow:
 
 @dataclass
 class SourceStats:
-    """Counts of the records of one source, stored with its rows."""
+    """Counts of the records of one source, stored with its rows, and the ids of the tags of their thoughts."""
 
     num_records: int = 0
     dropped: list[DroppedRow] = field(default_factory=list)
     digest: str = ""
+    tag_ids: tuple[int, int] | None = None
 
 
 Encoded = tuple[int, Record, Example, EncodedRow]  # the ordinal of a row, its record, its text, its ids
@@ -88,6 +90,7 @@ def to_batch(rows: Sequence[Encoded]) -> pa.RecordBatch:
         "supervised_text": [None if (text := e.supervised_text) == e.completion else text for e in examples],
         "changes": ["\n".join(example.changes) or None for example in examples],
         "unread": ["\n".join(visible(key, is_line=True) for key in example.unread) or None for example in examples],
+        "weight": [example.weight for example in examples],
     }
     return pa.record_batch(columns, schema=SCHEMA)
 
@@ -138,11 +141,19 @@ class RowWriter:
 
 
 def update_digest(digest: Any, batch: pa.RecordBatch) -> None:
-    """Update a hash with the ids and spans of rows, not with texts and places."""
+    """Update a hash with the ids, spans and weights of rows, not with texts and places."""
     for name in ("input_ids", "target_ids", "spans"):
         offsets, values = _flat(batch.column(name))
         digest.update(np.diff(offsets).astype(np.int32).tobytes())
         digest.update(values.tobytes())
+    if (weights := weights_of(batch)) is not None:
+        digest.update(weights.tobytes())
+
+
+def weights_of(records: pa.RecordBatch) -> np.ndarray | None:
+    """Return the weight of each row in the loss, [rows]; None where no row has one of its own."""
+    column = records.column("weight")
+    return None if column.null_count == len(column) else column.fill_null(1.0).to_numpy(zero_copy_only=False)
 
 
 def _flat(lists: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
@@ -159,6 +170,7 @@ class StoredBatch:
         self.input_offsets, self.input_ids = inputs = _flat(records.column("input_ids"))
         self.target_offsets, self.target_ids = targets = _flat(records.column("target_ids"))
         self.span_offsets, self.spans = _flat(records.column("spans"))
+        self.weights = weights_of(records)
         # labels are made of an encoder-decoder's targets, else of the input
         self.label_offsets, self.label_ids = targets if len(self.target_ids) else inputs
 
@@ -180,7 +192,7 @@ class Shard:
     """The encoded rows of one source, on disk or in memory."""
 
     def __init__(self, batches: Sequence[pa.RecordBatch], stats: SourceStats) -> None:
-        self.stats = stats
+        self.stats, self.tag_ids = stats, stats.tag_ids
         self.batches = [StoredBatch(batch) for batch in batches]
         self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)]).tolist()
         self.lengths = self.joined(lambda batch: np.diff(batch.input_offsets))
@@ -194,7 +206,8 @@ class Shard:
         Raises OSError, ValueError or KeyError where it is incomplete or damaged.
         """
         given = load_json(folder / STATS)
-        stats = SourceStats(**given | {"dropped": [DroppedRow(**row) for row in given["dropped"]]})
+        dropped, tags = [DroppedRow(**row) for row in given["dropped"]], given["tag_ids"]
+        stats = SourceStats(**given | {"dropped": dropped, "tag_ids": None if tags is None else (tags[0], tags[1])})
         reader = pa.ipc.open_file(pa.memory_map(str(folder / ROWS)))
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         if verify:

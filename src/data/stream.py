@@ -158,7 +158,7 @@ class StreamedSet:
     def _block(self, shards: list[Shard], begin: dict[str, Any], cursor: Cursor) -> Block:
         self._check_dropped(cursor)
         cursor.num_blocks += 1
-        return Block(cursor.num_blocks - 1, begin, EncodedSet(self.name, shards))
+        return Block(cursor.num_blocks - 1, begin, EncodedSet(self.name, shards, is_weighted=True))
 
     def _check_dropped(self, cursor: Cursor) -> None:
         read, dropped = cursor.num_records, cursor.num_dropped
@@ -196,7 +196,7 @@ class StreamedSet:
         """Yield a source's records after the first `taken`, encoded, a chunk of its share at a time."""
         chunk_rows = max(1, round(CHUNK_ROWS * source.share))
         records = _records(source.source, taken, source.count)
-        batches, stats = list[pa.RecordBatch](), SourceStats()
+        batches, stats = list[pa.RecordBatch](), SourceStats(tag_ids=source.config.tag_ids)
         for chunk in encode_chunks(records, source.config, self._num_workers, chunk_rows, taken):
             BadRows(chunk.bad).raise_if_any()
             batches.append(chunk.rows)
@@ -206,7 +206,7 @@ class StreamedSet:
             # a chunk of long rows has fewer of them; each of several sources still has its share
             if len(self._sources) == 1 or taken % chunk_rows == 0:
                 yield Shard(batches, stats)
-                batches, stats = [], SourceStats()
+                batches, stats = [], SourceStats(tag_ids=source.config.tag_ids)
         if batches:
             yield Shard(batches, stats)
 

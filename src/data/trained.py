@@ -94,7 +94,7 @@ class SeenRows:
 def without(rows: EncodedSet, are_seen: Sequence[Sequence[bool]]) -> EncodedSet:
     """Return a set without the rows whose records are seen; `are_seen` is of the records of each shard."""
     is_new = [not are_seen[shard][rows.shards[shard].ordinals[row]] for shard, row in rows.indices.tolist()]
-    return EncodedSet(rows.name, rows.shards, rows.indices[np.array(is_new, dtype=bool)])
+    return rows.select(np.array(is_new, dtype=bool))
 
 
 def row_hash(record: ReadResult, columns: Columns) -> bytes:

@@ -56,7 +56,8 @@ def joined(row: LabelledRow, pieces: Sequence[Piece]) -> LabelledRow:
             spans.append((kind, first, stop))
         start = stop
     spanned = np.array(spans, dtype=np.int32).reshape(-1, 3)
-    return LabelledRow(ids if is_causal else row.input_ids, labels, None if is_causal else ids, spanned)
+    inputs, targets = (ids, None) if is_causal else (row.input_ids, ids)
+    return LabelledRow(inputs, labels, targets, spanned, row.tag_ids, row.weight)
 
 
 def thoughts_of(pieces: Sequence[Piece]) -> list[list[int]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from src.config.schema import RunConfig
 from src.data.batching import collate
 from src.data.dataset import Data
+from src.data.encoding import PARTS
 from src.data.sets import EncodedSet
 from src.errors import DataError, NonFiniteLossError
 from src.evaluation.answers import AnswerReader
@@ -20,7 +21,7 @@ from src.evaluation.thoughts import thought_rule
 from src.metrics import compute_metrics, perplexity
 from src.progress import NO_PROGRESS, Progress
 from src.runtime.session import Runtime
-from src.training.loss import span_losses
+from src.training.loss import part_losses
 
 NO_TOKENS: Mapping[str, int] = MappingProxyType({})
 
@@ -69,9 +70,9 @@ class Evaluator:
 
     @torch.no_grad()
     def _losses(self, rows: EncodedSet, count: int, targets: "TargetStats") -> dict[str, float]:
-        """Compute the mean nats per supervised token of the first `count` rows: of all, of thoughts and of answers."""
+        """Compute the mean nats per supervised token of the first `count` rows: of all, and of each part."""
         order = sorted(range(count), key=lambda i: rows.lengths[i])  # little padding
-        sums = torch.zeros(4, dtype=torch.float64)  # nats and tokens of all, nats and tokens of thoughts
+        sums = torch.zeros(2 * len(PARTS), dtype=torch.float64)  # nats and tokens of each part
         self.loss_model.eval()
         size = self.generator.batch_size
         with self.progress.work("evaluating", rows.name, count) as advance:
@@ -84,21 +85,22 @@ class Evaluator:
                 if not is_real:
                     continue
                 nll = losses.nll.double().cpu()
-                thought_nll = 0.0 if losses.is_thought is None else nll[losses.is_thought.cpu()].sum()
-                counts = [nll.sum(), batch.num_supervised, thought_nll, batch.num_thought]
-                sums += torch.tensor(counts, dtype=sums.dtype)
+                part_nll = losses._replace(nll=losses.nll.double()).part_nll()
+                sums += torch.cat([part_nll.cpu(), torch.from_numpy(batch.part_counts)])
                 targets.update(losses.targets.cpu(), nll)
-        nats, num_supervised, *of_thoughts = self.runtime.sum(sums.tolist())
-        loss = nats / num_supervised
+        summed = self.runtime.sum(sums.tolist())
+        part_nll, counts = summed[: len(PARTS)], summed[len(PARTS) :]
+        loss = sum(part_nll) / sum(counts)
         if not math.isfinite(loss):
             raise NonFiniteLossError(f"the loss on {rows.name} became {loss}: the weights are broken")
-        return {"loss": loss, "perplexity": perplexity(loss)} | span_losses(nats, num_supervised, *of_thoughts)
+        return {"loss": loss, "perplexity": perplexity(loss)} | part_losses(part_nll, counts)
 
 
 def check_spans(config: RunConfig, data: Data) -> None:
     """Raise DataError where a key depends on thoughts and the rows have none."""
-    if config.loss.thought_weight != 1 and not data.reports["train"].thought_tokens:
-        raise DataError(f"loss.thought_weight = {config.loss.thought_weight:g}, but no row of train has a thought")
+    for key, weight in config.loss.thought_weights().items():
+        if weight != 1 and not data.reports["train"].thought_tokens:
+            raise DataError(f"loss.{key} = {weight:g}, but no row of train has a thought")
     metric = config.checkpoint.metric_for_best_model
     if not config.checkpoint.load_best_model_at_end or not metric.endswith(("thought_loss", "answer_loss")):
         return

@@ -9,7 +9,6 @@ from typing import Any
 from src.config.schema import RunConfig
 from src.data.batching import Sequences, collate
 from src.data.dataset import Data
-from src.data.sets import EncodedSet
 from src.evaluation.evaluate import Evaluator, open_evaluator
 from src.forecast.counting import MicroBatchShape, measure_saved_bytes
 from src.forecast.time import TimeItem, measured_time
@@ -100,7 +99,7 @@ def _measure_evaluation(
         return None, 0
     rows, batches, shapes, _ = max(evaluations, key=_num_tokens)
     batch = _median_batch(batches, shapes)
-    batch_rows = EncodedSet(rows.name, rows.shards, rows.indices[[row for (row,) in batch]])
+    batch_rows = rows.select([row for (row,) in batch])
     losses_only = replace(evaluator, metrics=[], max_samples=None)
     seconds = _seconds_of(lambda: losses_only.evaluate([batch_rows]), runtime)
     return seconds, shapes[batches.index(batch)].num_tokens

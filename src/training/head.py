@@ -27,8 +27,8 @@ sequence: the sums differ, and so does their rounding."""
 class ModelWithLoss(nn.Module):
     """A model whose forward takes ids and labels [batch, seq] and returns the losses of the labels.
 
-    An encoder-decoder also takes `target_ids` [batch, target], which its labels belong to. `is_thought`: mask of labels
-    that are thought tokens, of the labels' shape.
+    An encoder-decoder also takes `target_ids` [batch, target], which its labels belong to. `parts` and `row_weights`,
+    of the labels' shape, are the part of each label and the weight of its row: see Batch.
     """
 
     def __init__(self, model: Any, config: LossConfig = PLAIN) -> None:
@@ -45,7 +45,8 @@ class ModelWithLoss(nn.Module):
         input_ids: Tensor,
         labels: Tensor,
         target_ids: Tensor | None = None,
-        is_thought: Tensor | None = None,
+        parts: Tensor | None = None,
+        row_weights: Tensor | None = None,
         **inputs: Any,
     ) -> TokenLosses:
         inputs |= {"input_ids": input_ids, "use_cache": False}
@@ -54,12 +55,12 @@ class ModelWithLoss(nn.Module):
         is_causal = target_ids is None
         if self.uses_full_logits:
             logits = self.model(**inputs).logits
-            picked, targets, is_thought = supervised_positions(logits, labels, is_thought, is_causal=is_causal)
-            return compute_losses(picked, targets, is_thought, lambda chosen: chosen, logits.shape[-1], self.config)
+            chosen = supervised_positions(logits, labels, parts, row_weights, is_causal=is_causal)
+            return compute_losses(chosen, lambda logits: logits, logits.shape[-1], self.config)
         hidden = self.model.base_model(**inputs).last_hidden_state
         head = self.model.get_output_embeddings()
-        states, targets, is_thought = supervised_positions(hidden, labels, is_thought, is_causal=is_causal)
-        return compute_losses(states, targets, is_thought, head, self.num_logits, self.config)
+        chosen = supervised_positions(hidden, labels, parts, row_weights, is_causal=is_causal)
+        return compute_losses(chosen, head, self.num_logits, self.config)
 
     @torch.no_grad()
     def probe_head(self) -> None:

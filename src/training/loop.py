@@ -5,15 +5,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
-from src.config.schema import LossConfig, Reduction, RunConfig
+from src.config.schema import Reduction, RunConfig
 from src.data.batching import Batch, collate, windows
 from src.data.dataset import TrainSet
+from src.data.encoding import PARTS
 from src.data.sets import EncodedSet
 from src.errors import NonFiniteLossError
 from src.runtime.session import Runtime
-from src.training.loss import step_objective, sum_of_weights
+from src.training.loss import objective_differs, step_objective, sum_of_weights
 from src.training.state import StepResult, StepStats, TrainState
 from src.util import listed
 
@@ -83,7 +85,7 @@ def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime
     """
     state.rng = runtime.rng_state()
     if state.last_step is not None and not state.is_last_step_complete:
-        yield _last_step(state, config.loss, runtime)
+        yield _last_step(state, config, runtime)
     coming = windows(rows, state.batch_sampler, config.seed, state.position)
     while state.step < state.num_steps:
         window = next(coming)
@@ -98,17 +100,15 @@ def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime
         state.train_seconds += seconds
         state.position, state.rng = window.after, runtime.rng_state()
         state.last_step = StepResult(state.step, window.epoch, window.ends_epoch, lr, grad_norm)
-        yield replace(_last_step(state, config.loss, runtime), is_save_asked=is_save_asked, seconds=seconds)
+        yield replace(_last_step(state, config, runtime), is_save_asked=is_save_asked, seconds=seconds)
 
 
-def _last_step(state: TrainState, loss: LossConfig, runtime: Runtime) -> Step:
-    is_last = state.step >= state.num_steps
-    objective_differs = loss.reduction is Reduction.sum or loss.thought_weight != 1 or loss.label_smoothing > 0
+def _last_step(state: TrainState, config: RunConfig, runtime: Runtime) -> Step:
     return Step(
         **vars(state.last_step),
-        is_last=is_last,
+        is_last=state.step >= state.num_steps,
         stats=state.stats,
-        with_objective=objective_differs,
+        with_objective=config.data.has_weights or objective_differs(config.loss),
         measure_memory=runtime.memory,
     )
 
@@ -124,32 +124,37 @@ def step_once(
     state.loss_model.train()
     real = [one.batch for one in batches if one.is_real]
     # one exchange of all processes, also of what one of them was asked for: so all stop, or save, at the same step
-    num_supervised, num_thought, num_tokens, num_rows, asked, asked_to_save = runtime.sum(
+    num_tokens, num_rows, asked, asked_to_save, *of_parts = runtime.sum(
         [
-            sum(batch.num_supervised for batch in real),
-            sum(batch.num_thought for batch in real),
             sum(batch.num_tokens for batch in real),
             sum(len(batch.rows) for batch in real),
             float(bool(runtime.stop.asked())),
             float(runtime.stop.is_save_asked()),
+            *_sum_by_part([batch.part_counts for batch in real]),
+            *_sum_by_part([batch.part_weights for batch in real]),
         ]
     )
     runtime.check_stop(asked)
-    weights = sum_of_weights(num_supervised, num_thought, config.loss)
-    objective, nll, thought_nll = _add_gradients(state, batches, weights, config, runtime)
+    counts, weights_of_rows = of_parts[: len(PARTS)], of_parts[len(PARTS) :]
+    weights = sum_of_weights(weights_of_rows, config.loss)
+    objective, nll, *part_nll = _add_gradients(state, batches, weights, config, runtime)
     lr, grad_norm = _update(state, batches, config, runtime)
     state.step += 1
     mean_objective = objective if config.loss.reduction is Reduction.sum else objective / (weights or 1)
-    state.stats.add(StepStats(nll, num_supervised, thought_nll, num_thought, mean_objective, 1, int(num_tokens)))
+    state.stats.add(StepStats(nll, tuple(part_nll), tuple(counts), mean_objective, 1, int(num_tokens)))
     state.tokens_seen += int(num_tokens)
     state.examples_seen += int(num_rows)
     return lr, grad_norm, bool(asked_to_save)
 
 
+def _sum_by_part(values: Sequence[np.ndarray]) -> list[float]:
+    return np.sum([np.zeros(len(PARTS)), *values], axis=0).tolist()
+
+
 def _add_gradients(
     state: TrainState, batches: Sequence[MicroBatch], weights: float, config: RunConfig, runtime: Runtime
 ) -> list[float]:
-    """Compute the gradients of a step; return its objective, its nll and that of thoughts, summed over all processes.
+    """Compute the gradients of a step; return its objective, its nll and that of each part, over all processes.
 
     `weights` is the sum of the tokens' weights in the whole step. NonFiniteLossError names the rows of all processes
     whose loss is not finite.

@@ -1,11 +1,11 @@
 """The loss, as pure functions of tensors and numbers.
 
 Per optimizer step: the sum of weighted token losses over all micro-batches and processes, divided once by the sum of
-weights of that whole step (mean), or not divided (sum). So how a batch is cut changes nothing. A token of an answer
-weighs 1, one of a thought `loss.thought_weight`.
+weights of that whole step (mean), or not divided (sum). So how a batch is cut changes nothing. A token weighs what its
+part does (`loss.thought_weight` …; one of an answer 1), times its row's weight (`data.weight_column`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from src.config.schema import LossConfig, Reduction
-from src.data.encoding import IGNORE_INDEX
+from src.data.encoding import AFTER_THOUGHT, ANSWER, IGNORE_INDEX, PARTS, THOUGHT, THOUGHT_CLOSE, THOUGHT_OPEN
 
 MAX_LOGITS = 2**26
 """Logits held at once, in elements: 256 MiB in fp32."""
@@ -26,33 +26,56 @@ class TokenLosses(NamedTuple):
     objective: Tensor  # scalar sum of the weighted, smoothed token losses, float32
     nll: Tensor  # negative log-likelihoods in nats, [supervised]
     targets: Tensor  # ids, [supervised]
-    is_thought: Tensor | None  # mask of thought tokens, [supervised]; None where no row has any
+    parts: Tensor | None  # numbers of PARTS, uint8, [supervised]; None where no row has a thought
+
+    @property
+    def is_thought(self) -> Tensor | None:
+        """Mask of thought tokens, tags included, [supervised]; None where no row has any."""
+        return None if self.parts is None else (self.parts != ANSWER) & (self.parts != AFTER_THOUGHT)
+
+    def part_nll(self) -> Tensor:
+        """Return the summed nll of each part, [parts]."""
+        if self.parts is None:
+            return functional.pad(self.nll.sum()[None], (0, len(PARTS) - 1))
+        return torch.stack([(self.nll * (self.parts == part)).sum() for part in range(len(PARTS))])
 
     def sums(self) -> Tensor:
-        """Return the objective, the summed nll, and that of thoughts, [3], detached."""
-        thoughts = self.nll.new_zeros(()) if self.is_thought is None else (self.nll * self.is_thought).sum()
-        return torch.stack([self.objective.detach(), self.nll.sum(), thoughts])
+        """Return the objective, the summed nll, and that of each part, [2 + parts], detached."""
+        return torch.cat([torch.stack([self.objective.detach(), self.nll.sum()]), self.part_nll()])
+
+
+class Supervised(NamedTuple):
+    """The supervised tokens of a micro-batch, in reading order."""
+
+    states: Tensor  # which predict them, [supervised, width]
+    targets: Tensor  # ids, [supervised]
+    parts: Tensor | None = None  # numbers of PARTS, uint8, [supervised]; None: all are of answers
+    row_weights: Tensor | None = None  # the weight of each one's row, [supervised]; None: 1
 
 
 def supervised_positions(
-    hidden: Tensor, labels: Tensor, is_thought: Tensor | None = None, *, is_causal: bool = True
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Select the states that predict a supervised token, these tokens, and which of them are thought tokens.
+    hidden: Tensor,
+    labels: Tensor,
+    parts: Tensor | None = None,
+    row_weights: Tensor | None = None,
+    *,
+    is_causal: bool = True,
+) -> Supervised:
+    """Select the states that predict a supervised token, these tokens, and what is known of them.
 
     Args:
         hidden: states, [batch, seq, width].
         labels: ids, not shifted, [batch, seq]; IGNORE_INDEX is not supervised.
-        is_thought: mask of labels that are thought tokens, [batch, seq].
+        parts, row_weights: of each label, [batch, seq].
         is_causal: whether the state at position i predicts the label at i + 1, as in a causal model, or the one at i,
             as in a decoder whose input was shifted.
-    Returns:
-        States [supervised, width], targets [supervised] and the mask of thought tokens [supervised].
     """
     if is_causal:
         hidden, labels = hidden[:, :-1], labels[:, 1:]
-        is_thought = None if is_thought is None else is_thought[:, 1:]
+        parts, row_weights = (None if values is None else values[:, 1:] for values in (parts, row_weights))
     chosen = labels != IGNORE_INDEX
-    return hidden[chosen], labels[chosen], None if is_thought is None else is_thought[chosen]
+    of_chosen = (None if values is None else values[chosen] for values in (parts, row_weights))
+    return Supervised(hidden[chosen], labels[chosen], *of_chosen)
 
 
 def token_losses(
@@ -89,23 +112,36 @@ def token_losses(
 
 
 def compute_losses(
-    states: Tensor,
-    targets: Tensor,
-    is_thought: Tensor | None,
-    head: Callable[[Tensor], Tensor],
-    num_vocabulary: int,
-    config: LossConfig,
+    chosen: Supervised, head: Callable[[Tensor], Tensor], num_vocabulary: int, config: LossConfig
 ) -> TokenLosses:
-    """Compute the losses of a micro-batch's supervised tokens; for the arguments see token_losses."""
-    objectives, nll = token_losses(states, targets, head, num_vocabulary, config.label_smoothing)
-    if is_thought is not None and config.thought_weight != 1:
-        objectives = torch.where(is_thought, config.thought_weight * objectives, objectives)
-    return TokenLosses(objectives.sum(), nll.detach(), targets, is_thought)
+    """Compute the losses of a micro-batch's supervised tokens; for `head` and `num_vocabulary` see token_losses."""
+    _, targets, parts, row_weights = chosen
+    objectives, nll = token_losses(chosen.states, targets, head, num_vocabulary, config.label_smoothing)
+    weights = part_weights(config)
+    if parts is not None and set(weights) != {1.0}:
+        objectives = objectives * torch.tensor(weights, device=objectives.device)[parts.long()]
+    if row_weights is not None:
+        objectives = objectives * row_weights
+    return TokenLosses(objectives.sum(), nll.detach(), targets, parts)
 
 
-def sum_of_weights(num_supervised: float, num_thought: float, config: LossConfig) -> float:
-    """Return the sum of the tokens' weights, which a mean divides by."""
-    return num_supervised + (config.thought_weight - 1) * num_thought
+def part_weights(config: LossConfig) -> list[float]:
+    """Return the weight of a token of each part, [parts]."""
+    weights = {f"{part}_weight": 1.0 for part in PARTS} | config.thought_weights()
+    return [float(weight) for weight in weights.values()]
+
+
+def sum_of_weights(weights_of_rows: Sequence[float], config: LossConfig) -> float:
+    """Return the sum of the tokens' weights, which a mean divides by.
+
+    `weights_of_rows` [parts] sums the weights of the tokens' rows, of each part: the tokens' number where all weigh 1.
+    """
+    return sum(weight * of_rows for weight, of_rows in zip(part_weights(config), weights_of_rows, strict=True))
+
+
+def objective_differs(config: LossConfig) -> bool:
+    """Return whether what is minimised is not the mean loss itself, where all rows weigh 1."""
+    return config.reduction is Reduction.sum or config.label_smoothing > 0 or set(part_weights(config)) != {1.0}
 
 
 def step_objective(objective: Tensor, weights_in_step: float, reduction: Reduction) -> Tensor:
@@ -123,3 +159,15 @@ def span_losses(nll: float, num_supervised: float, thought_nll: float, num_thoug
     answers = num_supervised - num_thought
     means = {"thought_loss": thought_nll / num_thought}
     return means | ({"answer_loss": (nll - thought_nll) / answers} if answers else {})
+
+
+def part_losses(nll: Sequence[float], counts: Sequence[float]) -> dict[str, float]:
+    """Return the mean nats per token of thoughts and of answers, and of each part of them; empty without thoughts.
+
+    Args:
+        nll, counts: the summed nll and the number of tokens of each part, [parts].
+    """
+    inner = (THOUGHT, THOUGHT_OPEN, THOUGHT_CLOSE)
+    means = span_losses(sum(nll), sum(counts), sum(nll[part] for part in inner), sum(counts[part] for part in inner))
+    names = {THOUGHT: "thought_inner"} | {part: PARTS[part] for part in (THOUGHT_OPEN, THOUGHT_CLOSE, AFTER_THOUGHT)}
+    return means | {f"{name}_loss": nll[part] / counts[part] for part, name in names.items() if counts[part]}

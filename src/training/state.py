@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from src.checkpoint.store import AnySnapshot, Snapshot
 from src.config.schema import Attention, Batching, RunConfig, TrainingConfig
 from src.data.batching import BatchSampler, Position, steps_per_epoch
 from src.data.dataset import TrainSet
+from src.data.encoding import PARTS
 from src.data.sets import EncodedSet
 from src.errors import CheckpointError, ModelError
 from src.model.build import num_parameters
@@ -22,7 +23,7 @@ from src.runtime.allocation import keep_freed_memory
 from src.runtime.session import Runtime, rng_as_json, rng_from_json
 from src.runtime.sharding import ShardedTensor, compute_weight, full_shape
 from src.training.head import ModelWithLoss
-from src.training.loss import span_losses
+from src.training.loss import part_losses
 from src.training.optim import build_optimizer, build_schedule, restore_schedule
 from src.util import listed
 
@@ -32,13 +33,16 @@ class StepStats:
     """Sums over the steps since the last line of metrics, whose means the next line holds."""
 
     nll: float = 0.0
-    num_supervised: float = 0.0
-    thought_nll: float = 0.0
-    num_thought: float = 0.0
+    part_nll: tuple[float, ...] = (0.0,) * len(PARTS)
+    part_counts: tuple[float, ...] = (0.0,) * len(PARTS)
     objective: float = 0.0
     num_steps: int = 0
     num_tokens: int = 0
     seconds: float = 0.0
+
+    @property
+    def num_supervised(self) -> float:
+        return sum(self.part_counts)
 
     @property
     def loss(self) -> float:
@@ -50,13 +54,13 @@ class StepStats:
         return self.num_tokens / self.seconds if self.seconds else 0.0
 
     def means(self, *, with_objective: bool) -> dict[str, float]:
-        """Return the means as metrics; those of thoughts and answers where there are thoughts.
+        """Return the means as metrics; those of thoughts, answers and their parts where there are thoughts.
 
         That of the objective is asked for where what is minimised is not the loss itself.
         """
         means = {"train/loss": self.loss, "perf/tokens_per_second": self.tokens_per_second}
-        spans = span_losses(self.nll, self.num_supervised, self.thought_nll, self.num_thought)
-        means |= {f"train/{name}": loss for name, loss in spans.items()}
+        parts = part_losses(self.part_nll, self.part_counts)
+        means |= {f"train/{name}": loss for name, loss in parts.items()}
         if with_objective:
             means["train/objective"] = self.objective / max(self.num_steps, 1)
         return means
@@ -64,7 +68,23 @@ class StepStats:
     def add(self, other: "StepStats") -> None:
         """Add the sums of another step."""
         for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
+            mine = getattr(self, name)
+            is_by_part = isinstance(value, tuple)
+            setattr(self, name, tuple(map(sum, zip(mine, value, strict=True))) if is_by_part else mine + value)
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Self:
+        """Return sums from the JSON values that a checkpoint holds; an older one has no more than thoughts and others.
+
+        Its thoughts count as what is between the tags, until the next line of metrics.
+        """
+        values = dict(saved)
+        if "thought_nll" in values:
+            thoughts = [values.pop(name) for name in ("thought_nll", "num_thought")]
+            rest = [values["nll"] - thoughts[0], values.pop("num_supervised") - thoughts[1]]
+            of_parts = zip(rest, thoughts, *[(0.0, 0.0)] * (len(PARTS) - 2), strict=True)
+            values["part_nll"], values["part_counts"] = of_parts
+        return cls(**values | {name: tuple(values[name]) for name in ("part_nll", "part_counts")})
 
     def reset(self) -> None:
         """Set all sums to zero, in place."""
@@ -161,7 +181,7 @@ class TrainState:
             setattr(self, name, value)
         self.step = state["step"]
         restore_schedule(self.schedule, self.num_schedule_steps)
-        self.stats = StepStats(**state["meter"])
+        self.stats = StepStats.from_dict(state["meter"])
         self.last_step = None if state["last"] is None else StepResult(**state["last"])
         self.token_monitor.restore(state["new_rows"])
         runtime.restore_scaler(state["scaler"])

@@ -109,9 +109,11 @@ def embedding_lr_has_rows_to_train(
 def thought_weight_has_thoughts(
     loss: schema.LossConfig, tokens: schema.TokensConfig, data: schema.DataConfig
 ) -> Problems:
-    if loss.thought_weight != 1 and schema.thought_tags(data, tokens) is None:
-        reason = "no thoughts are written: see tokens and data.thoughts"
-        yield Problem("loss.thought_weight", reason, loss.thought_weight)
+    if schema.thought_tags(data, tokens) is not None:
+        return
+    for key in loss.thought_weights():
+        if getattr(loss, key) not in (None, 1):
+            yield Problem(f"loss.{key}", "no thoughts are written: see tokens and data.thoughts", getattr(loss, key))
 
 
 @applies_to("run", *GENERATING)

@@ -89,6 +89,7 @@ class DataConfig:
     num_folds: int | None = _selection_key(AT_LEAST_TWO)
     fold: int | None = _selection_key(checks.COUNT)
     group_column: str | None = _selection_key()
+    weight_column: str | None = key(default=None, resume=BY_OUTCOME, per_source=True)
 
     def train_sources(self) -> dict[str, "TrainSource"]:
         """Return the sources of the train set by name: those of the mixture, or a single one called train."""
@@ -130,6 +131,11 @@ class DataConfig:
         """The share of train that is held out for validation: 0 where there is another validation set."""
         has_another = self.num_folds is not None or bool(self.validation_sets()) or self.has_hub_validation
         return 0.0 if has_another else self.validation_fraction
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether rows that are trained on have weights of their own."""
+        return any(source.data.weight_column is not None for source in self.train_sources().values())
 
     @property
     def has_train(self) -> bool:

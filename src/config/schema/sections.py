@@ -102,6 +102,16 @@ class LossConfig:
     reduction: Reduction = key(why=OTHER_LOSS)
     thought_weight: float = key(WEIGHT_OR_ZERO, why=OTHER_LOSS)
     label_smoothing: float = key(BELOW_ONE, why=OTHER_LOSS)
+    thought_open_weight: float | None = key(WEIGHT_OR_ZERO, None, why=OTHER_LOSS)
+    thought_close_weight: float | None = key(WEIGHT_OR_ZERO, None, why=OTHER_LOSS)
+    after_thought_weight: float = key(WEIGHT_OR_ZERO, 1.0, why=OTHER_LOSS)
+
+    def thought_weights(self) -> dict[str, float]:
+        """Return the weight of each part of a thought, and of what comes after it, by its key."""
+        inner = self.thought_weight
+        opening, closing = (inner if w is None else w for w in (self.thought_open_weight, self.thought_close_weight))
+        names = ("thought_weight", "thought_open_weight", "thought_close_weight", "after_thought_weight")
+        return dict(zip(names, (inner, opening, closing, self.after_thought_weight), strict=True))
 
 
 @dataclass

@@ -85,18 +85,18 @@ def unread_fields(fields: Mapping[str, Any], read: Collection[str]) -> list[str]
 
 def text_field(fields: dict[str, Any], column: str, role: str) -> str:
     """Return one field, which must be a text; BadRow where it is missing or something else."""
-    value = field(fields, column, role)
+    value = field(fields, column, f"data.columns.{role}")
     if not isinstance(value, str):
         raise BadRow(f"{column!r} is {type_name(value)}, not a text")
     return value
 
 
-def field(fields: dict[str, Any], column: str, role: str) -> Any:
-    """Return one field; BadRow where it is missing."""
+def field(fields: dict[str, Any], column: str, key: str) -> Any:
+    """Return one field; BadRow where it is missing. `key` is the one that names it."""
     if column in fields:
         return fields[column]
     there = ", ".join(map(repr, fields)) or "none"
-    raise BadRow(f"no field {column!r}; there are {there} (name yours with data.columns.{role}=FIELD)")
+    raise BadRow(f"no field {column!r}; there are {there} (name yours with {key}=FIELD)")
 
 
 TYPE_NAMES = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}

@@ -29,7 +29,7 @@ def read(fields: dict[str, Any], data: DataConfig) -> Chat:
     BadRow where they don't alternate from a user's to the assistant's last, or the row needs what is not supported.
     """
     column = data.columns["messages"]
-    items = field(fields, column, "messages")
+    items = field(fields, column, "data.columns.messages")
     if not isinstance(items, list):
         raise BadRow(f"{column!r} is {type_name(items)}, not a list of messages")
     if not items:
