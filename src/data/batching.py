@@ -236,20 +236,22 @@ def collate(rows: LabelledRows, sequences: Sequences, pad_token_id: int, *, padd
         return pad_sequence(joined, batch_first=True, padding_value=filler)
 
     labels = padded(lambda row: row.labels, IGNORE_INDEX)
-    counts = np.stack([np.bincount(row.parts[row.labels != IGNORE_INDEX], minlength=len(PARTS)) for row in each])
-    weights = np.array([row.weight for row in each])
+    is_supervised, parts = labels != IGNORE_INDEX, padded(lambda row: row.parts, 0, torch.uint8)
+    supervised_parts = parts[is_supervised].int()
+    counts = torch.bincount(supervised_parts, minlength=len(PARTS)).numpy()
     batch = Batch(
         padded(lambda row: row.input_ids, pad_token_id),
         labels,
         indices,
         num_tokens=sum(row.num_tokens for row in each),
-        part_counts=counts.sum(axis=0),
-        part_weights=weights @ counts,
+        part_counts=counts,
+        part_weights=counts,
+        parts=parts if counts[1:].any() else None,
     )
-    if batch.part_counts[1:].any():
-        batch.parts = padded(lambda row: row.parts, 0, torch.uint8)
-    if (weights != 1).any():
-        batch.row_weights = padded(lambda row: np.full(len(row.labels), row.weight), 0, torch.float32)
+    if any(row.weight != 1 for row in each):
+        weights = padded(lambda row: np.full(len(row.labels), row.weight), 0, torch.double)
+        batch.part_weights = torch.bincount(supervised_parts, weights[is_supervised], len(PARTS)).numpy()
+        batch.row_weights = weights.float()
     if rows.is_encoder_decoder:
         batch.attention_mask = padded(lambda row: np.ones(len(row.input_ids)), 0)
         batch.target_ids = padded(lambda row: row.target_ids, pad_token_id)
