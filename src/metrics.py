@@ -22,7 +22,10 @@ from src.registry import Registry
 CAN_NEED = ("predictions", "references", "answer_pattern", "place", "samples")
 """What a metric's function may take by name: the texts [row], `data.answer_pattern`, a function from a row's number to
 the words that say where it comes from, and the texts [row][sample] of which `predictions` are the first of each row."""
-LOSSES = ("loss", "perplexity", "thought_loss", "answer_loss")
+PART_LOSSES = ("thought_inner_loss", "thought_open_loss", "thought_close_loss", "after_thought_loss")
+THOUGHT_LOSSES = ("thought_loss", "answer_loss", *PART_LOSSES)
+"""Losses of thoughts (tags included) and of all else, and of parts of these: where there are thoughts."""
+LOSSES = ("loss", "perplexity", *THOUGHT_LOSSES)
 """Values of every evaluation that need no generated text; the lower, the better."""
 
 
@@ -96,6 +99,11 @@ def greater_is_better(name: str) -> bool:
     """Return in which direction a value of metrics.jsonl improves: losses fall, metrics say themselves."""
     score = name.rpartition("/")[2]
     return METRICS[score].greater_is_better if score in METRICS else score not in LOSSES
+
+
+def is_detail(name: str) -> bool:
+    """Return whether a value of metrics.jsonl is for files and figures, and would fill a terminal."""
+    return name.rpartition("/")[2] in PART_LOSSES
 
 
 def compute_metrics(

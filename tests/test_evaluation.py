@@ -21,7 +21,7 @@ from src.errors import DataError, Interrupted, ModelError, NonFiniteLossError
 from src.evaluation.evaluate import Evaluator, open_evaluator
 from src.evaluation.generate import cut_at
 from src.evaluation.samples import sample
-from src.metrics import answer, compute_metrics, exact_match, greater_is_better, perplexity
+from src.metrics import LOSSES, answer, compute_metrics, exact_match, greater_is_better, perplexity
 from src.model.build import build_model, set_generation
 from src.model.embeddings import resize_and_initialise
 from src.model.export import export
@@ -121,8 +121,7 @@ def test_the_loss_is_weighted_by_tokens_not_by_batches(runtime: Runtime) -> None
     for size in (1, 5, 12):
         one, data = evaluator(runtime, f"training.per_device_eval_batch_size={size}", "evaluation.metrics=[]")
         results.append(one.evaluate(data.validation.values()))
-    names = ("loss", "perplexity", "thought_loss", "answer_loss")
-    assert set(results[0]) == {f"eval/validation/{name}" for name in names}
+    assert set(results[0]) == {f"eval/validation/{name}" for name in LOSSES}
     for result in results[1:]:
         assert result["eval/validation/loss"] == pytest.approx(results[0]["eval/validation/loss"], rel=1e-6)
 

@@ -18,7 +18,7 @@ from src.errors import DataError, NonFiniteLossError
 from src.evaluation.answers import AnswerReader
 from src.evaluation.generate import Generator, check_prompts
 from src.evaluation.thoughts import thought_rule
-from src.metrics import compute_metrics, perplexity
+from src.metrics import THOUGHT_LOSSES, compute_metrics, perplexity
 from src.progress import NO_PROGRESS, Progress
 from src.runtime.session import Runtime
 from src.training.loss import part_losses
@@ -102,7 +102,7 @@ def check_spans(config: RunConfig, data: Data) -> None:
         if weight != 1 and not data.reports["train"].thought_tokens:
             raise DataError(f"loss.{key} = {weight:g}, but no row of train has a thought")
     metric = config.checkpoint.metric_for_best_model
-    if not config.checkpoint.load_best_model_at_end or not metric.endswith(("thought_loss", "answer_loss")):
+    if not config.checkpoint.load_best_model_at_end or metric.split("/")[-1] not in THOUGHT_LOSSES:
         return
     report = data.reports[metric.split("/")[1]]
     answers = report.supervised_tokens - report.thought_tokens

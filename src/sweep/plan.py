@@ -22,7 +22,7 @@ from src.config.problems import COMMAND_LINE, Problem, refuse
 from src.config.rules.checkpoint import scores_of
 from src.config.schema import Direction, Pruner, Replicate, RunConfig, Sampler, SweepConfig
 from src.config.trust import signature
-from src.metrics import greater_is_better
+from src.metrics import THOUGHT_LOSSES, greater_is_better
 from src.sweep.folder import SweepFolder, differing
 from src.sweep.space import SWEEP_FILE, Axis, axes_of, points, size
 from src.sweep.trial import REPLICATED, Trial, setting_of, trial_of, with_typed_numbers
@@ -31,7 +31,7 @@ from src.util import value_at
 MOST_WRITTEN = 10**15  # the largest number of points that is written out
 MOST_PROBES = 200  # how many points are checked where there are too many to check all
 KNOWN_METRICS = (
-    *("train/loss", "train/objective", "train/thought_loss", "train/answer_loss", "train/grad_norm"),
+    *("train/loss", "train/objective", *(f"train/{name}" for name in THOUGHT_LOSSES), "train/grad_norm"),
     *("train_seconds", "tokens_per_second", "tokens_seen", "peak_memory_bytes", "perf/tokens_per_second"),
 )
 """Metrics of summary.json besides evaluations that a sweep may compare."""

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from src.errors import report, visible
+from src.metrics import is_detail
 from src.progress import Advance, TimeLeft
 from src.terminal import columns_of, filled, shortened, wrapped
 from src.tracking.live import LiveLines, Work
@@ -146,7 +147,8 @@ class Console:
         by_set: dict[str, list[str]] = {}
         for name, value in metrics.items():
             _, set_name, metric = name.split("/", 2)
-            by_set.setdefault(set_name, []).append(visible(f"{metric} {value:.4f}"))
+            if not is_detail(name):
+                by_set.setdefault(set_name, []).append(visible(f"{metric} {value:.4f}"))
         for set_name, values in by_set.items():
             begin = visible(f"  evaluated at step {step}: {set_name}")
             self._print(filled(begin, values, columns_of(self._stream), hang=6))

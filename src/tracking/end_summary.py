@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from src.metrics import greater_is_better
+from src.metrics import greater_is_better, is_detail
 from src.tracking.console import Console
 from src.tracking.live import clock
 from src.tracking.run_folder import SUMMARY
@@ -73,7 +73,7 @@ def changes(history: MetricHistory, summary: Mapping[str, float], columns: int |
 
     Where it has no room in `columns`, the steps of the values are left out.
     """
-    names = [name for name in history.first if name in summary]
+    names = [name for name in history.first if name in summary and not is_detail(name)]
     if not names:
         return []
     full, short = ([("", "first", "last", "best")] for _ in range(2))

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from src.config.schema import LossConfig, Reduction
 from src.data.encoding import AFTER_THOUGHT, ANSWER, IGNORE_INDEX, PARTS, THOUGHT, THOUGHT_CLOSE, THOUGHT_OPEN
+from src.metrics import PART_LOSSES
 
 MAX_LOGITS = 2**26
 """Logits held at once, in elements: 256 MiB in fp32."""
@@ -169,5 +170,5 @@ def part_losses(nll: Sequence[float], counts: Sequence[float]) -> dict[str, floa
     """
     inner = (THOUGHT, THOUGHT_OPEN, THOUGHT_CLOSE)
     means = span_losses(sum(nll), sum(counts), sum(nll[part] for part in inner), sum(counts[part] for part in inner))
-    names = {THOUGHT: "thought_inner"} | {part: PARTS[part] for part in (THOUGHT_OPEN, THOUGHT_CLOSE, AFTER_THOUGHT)}
-    return means | {f"{name}_loss": nll[part] / counts[part] for part, name in names.items() if counts[part]}
+    names = dict(zip((*inner, AFTER_THOUGHT), PART_LOSSES, strict=True))
+    return means | {name: nll[part] / counts[part] for part, name in names.items() if counts[part]}

@@ -16,6 +16,7 @@ from src.config.schema import (
     thought_tags,
 )
 from src.errors import CheckpointError
+from src.metrics import THOUGHT_LOSSES
 
 DEFAULT_METRIC = "eval/validation/loss"
 """The value of checkpoint.metric_for_best_model in conf/."""
@@ -43,7 +44,7 @@ def scores_of(data: DataConfig, evaluation: EvaluationConfig, tokens: TokensConf
     """Return what is measured of each evaluated set, as in eval/<set>/<score>."""
     scores = ["loss", "perplexity"]
     if thought_tags(data, tokens) is not None:
-        scores += ["thought_loss", "answer_loss"]
+        scores += THOUGHT_LOSSES
     return scores + (data.metrics if evaluation.metrics is None else evaluation.metrics)
 
 
