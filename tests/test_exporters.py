@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,12 +22,13 @@ from src.config.gate import parse_stored
 from src.config.schema.tracking import TrackingConfig, WandbConfig
 from src.errors import ConfigError, DamagedFileError, Interrupted
 from src.records import file_digest
-from src.tracking import export_thread
+from src.tracking import export_thread, outage
 from src.tracking.console import Console
 from src.tracking.export_thread import ExportThread, WaitLimits
 from src.tracking.exporters import EXPORTERS, DeliveryError
 from src.tracking.late_metrics import add_to_summary
 from src.tracking.line_exporter import LineExporter
+from src.tracking.outage import OutageWatch
 from src.tracking.run_folder import Start
 from src.tracking.tracker import deliver_pending
 from src.util import write_json
@@ -283,6 +285,93 @@ def test_an_exporter_that_fails_is_tried_again_and_holds_up_no_other(run: Path) 
     assert [(one.tracker.partition(" ")[0], one.needs_user_action) for one in left] == [("broken", True)]
     assert flaky.steps == other.steps == list(range(1, 301))
     assert set(warned) <= {"broken: no such key"}
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The time as an outage sees it: `now`, which the test sets."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(outage, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def test_an_outage_is_said_once_and_so_is_its_end_even_if_the_tracker_comes_and_goes(
+    run: Path, clock: SimpleNamespace
+) -> None:
+    watch = OutageWatch(Fake(run, "own"))
+
+    def at(now: float, event: Callable[[], None], problem: str = "") -> tuple[str, str]:
+        clock.now = 1000.0 + now
+        event()
+        return watch.warning(problem), watch.good_news()
+
+    assert at(0, watch.expect) == at(0, watch.note_failure, "refused") == ("", "")
+    assert at(29.9, watch.note_failure, "refused") == ("", "")
+    said, news = at(30, watch.note_failure, "refused")
+    assert (said.startswith(f"own at {run} has taken nothing for 30 seconds (refused)."), news) == (True, "")
+    assert at(100, watch.note_failure, "refused") == at(101, watch.note_success) == ("", "")
+    assert at(102, watch.expect) == at(150, watch.note_failure, "refused") == ("", "")  # gone again
+    assert at(160, watch.note_success) == at(219.9, watch.expect) == ("", "")
+    assert at(220, watch.note_success) == ("", f"own at {run} works again: what was missing is delivered")
+    assert at(221, watch.expect) == at(300, watch.note_success) == ("", "")
+    assert at(301, watch.expect) == at(330.9, watch.note_failure, "refused") == ("", "")
+    assert "for 30 seconds (refused)" in at(331, watch.note_failure, "refused")[0]  # a new outage
+    assert at(332, watch.note_success) == ("", "")
+    assert "works again" in watch.good_news(is_last=True)
+
+
+def test_a_call_that_hangs_is_an_outage_and_a_slow_tracker_or_work_of_its_own_is_none(
+    run: Path, clock: SimpleNamespace
+) -> None:
+    fake = Fake(run, "own")
+    watch, activity = OutageWatch(fake), fake.activity
+    activity.since, activity.is_calling = 1010.0, True
+    watch.expect()
+    for activity.extra_seconds, last in ((0.0, 1040.0), (100.0, 1140.0)):  # those that a large file may take
+        clock.now = last - 0.1
+        assert watch.warning("") == ""
+    activity.is_calling = False
+    clock.now = 2000.0
+    assert watch.warning("") == ""
+    for number in range(20):  # each delivery brings something before it fails
+        clock.now += 25.0
+        activity.note_delivered(number)
+        assert watch.warning("no answer in time") == ""
+    activity.since, activity.is_calling, activity.extra_seconds = clock.now, True, 0.0
+    clock.now += 30.0
+    assert "has taken nothing for 30 seconds (no answer)." in watch.warning("")
+    assert watch.warning("") == ""
+
+
+@pytest.mark.parametrize("kind", ["hangs", "fails"])
+def test_an_outage_that_ends_before_the_run_does_is_said_with_its_end(
+    run: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(outage, "OUTAGE_SECONDS", 0.05)
+    is_well = threading.Event()
+
+    def be_out() -> None:
+        if kind == "hangs":
+            is_well.wait()
+        elif not is_well.is_set():
+            raise DeliveryError("refused", is_lasting=False)
+
+    fake, warned, said = Fake(run, "own", be_out), list[str](), list[str]()
+    exports = ExportThread([fake], warn=warned.append, say=said.append)
+    for _ in range(1000):
+        exports.notify()
+        if warned:
+            break
+        time.sleep(0.01)
+    for _ in range(20):
+        exports.notify()
+    is_well.set()
+    assert exports.close(BRIEF) == []
+    assert fake.steps == list(range(1, 301))
+    assert [text.partition(")")[0].partition("(")[2] for text in warned] == [
+        {"hangs": "no answer", "fails": "refused"}[kind]
+    ]
+    assert said == [f"own at {run} works again: what was missing is delivered"]
 
 
 def test_lines_that_were_written_and_not_remembered_are_written_again_after_a_rewind(run: Path) -> None:

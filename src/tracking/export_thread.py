@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from src.tracking.exporters import Exporter, Warn
+from src.tracking.outage import OutageWatch
 
 RETRY_SECONDS = 2.0
 LONGEST_RETRY_SECONDS = 60.0
@@ -64,11 +65,18 @@ class ExportThread:
     Args:
         cleanup: an exporter whose last turn comes once all others are over.
         waits: hold everything back until `rewind`: it is not known yet which lines of the folder stay.
-        warn: takes, once each, the problems that the user must fix.
+        warn: takes, once each, the problems that the user must fix, and outages.
+        say: takes the end of an outage.
     """
 
     def __init__(
-        self, exporters: Sequence[Exporter], *, cleanup: Exporter | None = None, waits: bool = False, warn: Warn
+        self,
+        exporters: Sequence[Exporter],
+        *,
+        cleanup: Exporter | None = None,
+        waits: bool = False,
+        warn: Warn,
+        say: Callable[[str], None] = print,
     ) -> None:
         self.exporters = exporters
         for exporter in exporters:
@@ -76,7 +84,7 @@ class ExportThread:
         self._cleanup = cleanup
         self._lanes = [_Lane(one) for one in (*exporters, *([cleanup] if cleanup else []))]
         self._waits = waits
-        self._warn = warn
+        self._warn, self._say = warn, say
         self._warned: set[str] = set()
         self._limits = END_OF_RUN
         self._is_closing = False
@@ -100,8 +108,10 @@ class ExportThread:
             with self._changed:
                 for lane in self._lanes:
                     lane.is_notified = True
+                    lane.outage.expect()
                 self._replace_stuck_thread()
                 self._changed.notify_all()
+            self._report_outages()  # of a call that hangs too, where the export thread can say nothing
 
     def rewind(self, num_kept: int, cut: Sequence[Mapping[str, Any]]) -> None:
         """Deliver from now on, after the first lines of metrics; those that were cut off will be repeated."""
@@ -148,6 +158,8 @@ class ExportThread:
         self.ended_by = received[0] if received else ""
         for lane in self._lanes:
             lane.exporter.activity.is_cancelled = True
+        for text in filter(None, [lane.outage.good_news(is_last=True) for lane in self._lanes if lane.is_delivered]):
+            self._say(text)
         left = [lane for lane in self._lanes if not lane.is_delivered and lane.exporter.pending]
         return [lane.undelivered(f"ended by {self.ended_by}") for lane in left]
 
@@ -191,6 +203,7 @@ class ExportThread:
             with self._changed:
                 lane.is_stuck = False
                 self._changed.notify_all()
+            self._report_outages()
 
     def _next_lane(self) -> "_Lane | None":
         """Wait for the exporter whose turn it is; None where all are over, or another thread has taken over."""
@@ -251,6 +264,16 @@ class ExportThread:
             self._warned.add(text)
             self._warn(text)
 
+    def _report_outages(self) -> None:
+        """Say which trackers are out of reach, and which are not any more; at the end `close` returns what is left."""
+        with self._changed:
+            lanes = [] if self._is_closing else [lane for lane in self._lanes if lane.exporter is not self._cleanup]
+            warnings = [lane.outage.warning(lane.last_error) for lane in lanes if not lane.needs_user_action]
+            news = [lane.outage.good_news() for lane in lanes]
+        for tell, texts in ((self._warn, warnings), (self._say, news)):
+            for text in filter(None, texts):
+                tell(text)
+
 
 @dataclass(eq=False)
 class _Lane:
@@ -274,6 +297,7 @@ class _Lane:
 
     def __post_init__(self) -> None:
         self.heartbeat = _Heartbeat(self.exporter)
+        self.outage = OutageWatch(self.exporter)
 
     @property
     def has_work(self) -> bool:
@@ -300,12 +324,16 @@ class _Lane:
 
     def note_success(self) -> None:
         self._delivery, self.last_error, self.needs_user_action, self.failures = None, "", False, 0
+        self.outage.note_success()
+        if self.is_notified:
+            self.outage.expect()
         if self.is_last:
             self.is_delivered = True
             self.end("")
 
     def note_failure(self, reason: str, is_lasting: bool) -> None:
         self._delivery, self.last_error, self.needs_user_action, self.is_notified = None, reason, is_lasting, True
+        self.outage.note_failure()
         is_new = len(self.exporter.activity.delivered) > self._num_before
         self.failures = 1 if is_new else self.failures + 1
 

@@ -3,7 +3,7 @@
 import os
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -272,7 +272,7 @@ def open_tracking(
     with open_run_folder(run_dir, frozen, config_hash(frozen), start) as folder:
         is_known = any(os.path.lexists(run_dir / name) for name in (METRICS, *_state_files(config)))
         exporters = exporters_of(config.trackers(), run_dir, kinds=EXPORTERS, warn=console.warn)
-        exports = start_exporters(exporters, run_dir, before=before, waits=is_known, warn=console.warn)
+        exports = start_exporters(exporters, run_dir, before=before, waits=is_known, warn=console.warn, say=console.say)
         folder.at_end.append(lambda: _close(exports, folder, console))
         tracker = FolderTracker(folder, console, exports, system_metrics_of(config, console.warn))
         tracker.warn(*folder.warnings)
@@ -291,9 +291,11 @@ def start_exporters(
     before: Mapping[str, Any] | None = None,
     waits: bool = False,
     warn: Warn,
+    say: Callable[[str], None] = print,
 ) -> ExportThread:
     """Start delivering a folder, see ExportThread; end runs elsewhere that it had `before`, by its tracking.json."""
-    return ExportThread(exporters, cleanup=end_previous(exporters, folder, before, warn), waits=waits, warn=warn)
+    cleanup = end_previous(exporters, folder, before, warn)
+    return ExportThread(exporters, cleanup=cleanup, waits=waits, warn=warn, say=say)
 
 
 def _close(exports: ExportThread, folder: RunFolder, console: Console) -> None:
@@ -354,7 +356,7 @@ def deliver_late(run_dir: Path, console: Console) -> None:
 def open_sweep_tracking(config: TrackingConfig, folder: Path, console: Console) -> Iterator[ExportThread]:
     """Follow a sweep in a folder that is held to the end that its sweep.json says when the block is left."""
     exporters = exporters_of(config.trackers(), folder, kinds=SWEEP_EXPORTERS, warn=console.warn)
-    exports = start_exporters(exporters, folder, before=tracked_before(folder), warn=console.warn)
+    exports = start_exporters(exporters, folder, before=tracked_before(folder), warn=console.warn, say=console.say)
     try:
         yield exports
     finally:
