@@ -24,7 +24,10 @@ from src.runtime.signals import StopRequest
 
 @dataclass
 class _Stopping(StoppingCriteria):
-    """Ends all rows between two tokens when a signal asks the run to stop, and each after a text that ends it."""
+    """Ends all rows between two tokens when a signal asks the run to stop, and each after a text that ends it.
+
+    Called after each token, it shows by `advance` how many there are.
+    """
 
     stop: StopRequest
     reader: AnswerReader | None

@@ -52,13 +52,12 @@ class Console:
         Control characters are written out, unless the text is painted: then they are colours, meant for the terminal.
         """
         text = text if is_painted else visible(text)
-        self._print(wrapped(text, columns_of(self._stream), hang=hang))
+        self._print(wrapped(text, self.columns, hang=hang))
 
     def label(self, label: str, text: str, *, is_painted: bool = False) -> None:
         """Print a line with its label in the first column; further lines of the text are indented below."""
         text = text if is_painted else visible(text)
-        columns = columns_of(self._stream)
-        lines = wrapped(text, None if columns is None else columns - LABEL).split("\n")
+        lines = wrapped(text, None if self.columns is None else self.columns - LABEL).split("\n")
         for number, line in enumerate(lines):
             self._print(f"{visible(label) if number == 0 else '':<{LABEL}}{line}")
 
@@ -151,7 +150,7 @@ class Console:
                 by_set.setdefault(set_name, []).append(visible(f"{metric} {value:.4f}"))
         for set_name, values in by_set.items():
             begin = visible(f"  evaluated at step {step}: {set_name}")
-            self._print(filled(begin, values, columns_of(self._stream), hang=6))
+            self._print(filled(begin, values, self.columns, hang=6))
 
     def samples(self, samples: Sequence[Any]) -> None:
         """Print samples: the prompt, the text that the model wrote, the answer in it, and what was expected.
