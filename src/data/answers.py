@@ -6,13 +6,15 @@ Generated texts and references go through the same functions: a model that write
 import re
 from dataclasses import dataclass
 
+from src.data.thoughts import join_texts
+
 
 def strip_thoughts(text: str, tags: tuple[str, str] | None) -> str:
-    """Return a text without what is between the tags; a thought that is never closed ends with the text."""
-    if tags is None:
+    """Return a text without its thoughts, joined as `join_texts` does; one that is never closed ends with the text."""
+    if tags is None or tags[0] not in text:
         return text
     opened, closed = map(re.escape, tags)
-    return re.sub(f"{opened}.*?(?:{closed}|\\Z)", "", text, flags=re.DOTALL)
+    return join_texts(re.split(f"{opened}.*?(?:{closed}|\\Z)", text, flags=re.DOTALL), before=None)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Records to examples: thoughts are written or dropped, templates filled, chats rendered by the model's template."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from src.config.formats import roles
@@ -12,6 +13,7 @@ from src.data.formats import BadRow, Chat, Pair, field, load_format
 from src.data.formats.messages import ROLES, SUPERVISION_KEYS, THOUGHT, form_of
 from src.data.readers.record import Record
 from src.data.text_encoder import Segment, last_turn
+from src.data.thoughts import join_texts
 from src.patterns import Pattern
 
 FILLER = "-"  # in place of a missing answer of a row to predict, so that its format reads it; no model sees it
@@ -94,28 +96,39 @@ class ExampleBuilder:
         return self._rendered(messages, [True], pair.unread)._replace(was_cleaned=pair.was_cleaned)
 
     def _pair(self, pair: Pair) -> Example:
-        parts, role = pair.parts, self._completion_role
-        completion, reference = self._written(parts[role]), self._without_thoughts(parts[role])
-        if (template := self._data.completion_template) is not None:
-            completion, reference = (fill(template, parts | {role: text}) for text in (completion, reference))
+        parts, role, template = pair.parts, self._completion_role, self._data.completion_template
         if self._prompt_role == self._completion_role:
             prompt = ""
         elif self._data.prompt_template is not None:
             prompt = fill(self._data.prompt_template, parts)
         else:
             prompt = parts[self._prompt_role]
+
+        def filled(text: str) -> str:
+            return text if template is None else fill(template, parts | {role: text})
+
+        before = prompt if self._data.system_prompt is None else ""  # a message begins anew
+        reference = self._without_thoughts(parts[role], before, filled)
+        completion = reference if self._tags is None else filled(self._written(parts[role]))
         segments = (Segment(prompt, is_supervised=False), Segment(completion, is_supervised=True))
         return Example(segments, prompt, completion, reference, was_cleaned=pair.was_cleaned, unread=pair.unread)
 
     def _written(self, text: str) -> str:
         """Return a text with every thought as the model is to write it."""
-        if self._thought is None or self._tags is None:
-            return self._without_thoughts(text)
+        if self._tags is None:
+            return self._without_thoughts(text, "")
+        if self._thought is None:
+            return text
         opening, closing = self._tags
         return self._thought.sub(lambda match: f"{opening}{match.group(1) or ''}{closing}", text)
 
-    def _without_thoughts(self, text: str) -> str:
-        return text if self._thought is None else self._thought.sub("", text)
+    def _without_thoughts(self, text: str, before: str, filled: Callable[[str], str] = lambda text: text) -> str:
+        """Return a text without its thoughts, `filled` into its template, after the text `before` it."""
+        whole = filled(text)
+        if self._thought is None:
+            return whole
+        place = next(mark for mark in map(chr, range(0xF0000, 0x110000)) if mark not in whole)  # of private use
+        return join_texts(filled(self._thought.sub(place, text)).split(place), before)
 
     def _with_thoughts(self, message: dict[str, str]) -> dict[str, str]:
         """Return an assistant's message with its thoughts as they are to be trained on.
@@ -130,7 +143,7 @@ class ExampleBuilder:
             opening, closing = self._tags
             return {"role": "assistant", "content": f"{opening}{thought}{closing}{content}"}
         if thought is not None and self._data.thoughts is Thoughts.drop:
-            return {"role": "assistant", "content": content}
+            return {"role": "assistant", "content": join_texts(["", content], "")}
         return message | {"content": content}
 
     def _rendered(self, messages: list[dict[str, str]], is_supervised: list[bool], unread: tuple[str, ...]) -> Example:
