@@ -3,14 +3,14 @@
     python -m benchmarks.crash_soak [--kills 100] [--at calls|times] [--signal KILL] [--seed 0] [--variants best,…]
                                     [--jobs 2] [--fresh] [KEY=VALUE …]
 
-Every variant (VARIANTS below: batchings, adapters, the best kept and loaded, mixtures, streams, folds, an
-encoder-decoder, bf16, optimizers, MLflow, a pruned sweep, two processes) runs straight once. Then it is begun anew
-elsewhere, gets the signal, and is started by the same command until it is finished; and that over and over, until there
-were that many kills. Both must have the same weights, metrics.jsonl, samples.jsonl and summary.json, bit for bit but
-for the clocks; with MLflow on its store must have each value of metrics.jsonl once; a sweep must have the same trials
-in the same states. What may be expected of a single start is looked at too: after every end there is a whole checkpoint
-that is not older than the one before, and the next start goes on from it; a signal that can be heard ends a start with
-exit code 75, with what was done saved; nothing ends with a traceback.
+Every variant (VARIANTS below: batchings, adapters, the best kept and loaded, mixtures, streams, thoughts that fade,
+folds, an encoder-decoder, bf16, optimizers, MLflow, a pruned sweep, two processes) runs straight once. Then it is begun
+anew elsewhere, gets the signal, and is started by the same command until it is finished; and that over and over, until
+there were that many kills. Both must have the same weights, metrics.jsonl, samples.jsonl and summary.json, bit for bit
+but for the clocks; with MLflow on its store must have each value of metrics.jsonl once; a sweep must have the same
+trials in the same states. What may be expected of a single start is looked at too: after every end there is a whole
+checkpoint that is not older than the one before, and the next start goes on from it; a signal that can be heard ends a
+start with exit code 75, with what was done saved; nothing ends with a traceback.
 
 `--at calls` (the default) draws a phase (configuration, data, a step, a save, an evaluation, the export, MLflow's
 migration, …), one of the functions that the straight run called in it (Towline's own, and those that write, sync,
@@ -114,6 +114,7 @@ SOURCES = (
 )
 BASE = ("model=causal_lm", "model.checkpoint={base}")
 LORA = (UNTRACKED, "adapter=lora", "adapter.lora_dropout=0.1", "optimizer.lr=1e-2")
+FADED = (UNTRACKED, "data.thought_dropout=0.3", "data.thought_schedule={tokens_per_epoch: 3, smoothing: 0.3}")
 TWO = (UNTRACKED, "runtime.num_processes=2", "training.gradient_accumulation_steps=1")
 VARIANTS = {
     **{f"full-{how}": Variant((UNTRACKED, f"data.batching={how}")) for how in ("padded", "length_grouped", "packed")},
@@ -136,6 +137,8 @@ VARIANTS = {
             f"data.mixture={{{SOURCES}}}",
         )
     ),
+    **{f"faded-{how}": Variant((*FADED, f"data.batching={how}")) for how in ("padded", "packed")},
+    "faded-stream": Variant((*FADED, "data.streaming=true", "data.batching=length_grouped")),
     "folds": Variant((UNTRACKED, "data.validation_files=null", "data.num_folds=3", "data.fold=1")),
     "encoder-decoder": Variant(
         (UNTRACKED, "model=tiny_bart", "data.max_seq_length=64", "data.max_target_length=128", "tokens.init.text=[-]")

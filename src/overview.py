@@ -95,6 +95,7 @@ def _steps(config: RunConfig, state: TrainState) -> str:
     rows = state.batch_sampler.batch_size * state.batch_sampler.micro_batches_per_step
     sequences = f"{rows} {'sequences of packed rows' if config.data.batching is Batching.packed else 'rows'}"
     if state.steps_per_epoch is None:
-        return f"{state.num_steps:,}, each of {sequences}, streamed"
+        how = "streamed" if config.data.streaming else "epochs are of different length, as thoughts fade"
+        return f"{state.num_steps:,}, each of {sequences}, {how}"
     epochs = state.num_steps / state.steps_per_epoch
     return f"{state.num_steps:,}, each of {sequences}: {epochs:.3g} epoch{'s' if epochs > 1 else ''}"

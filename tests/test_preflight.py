@@ -92,6 +92,18 @@ def test_the_dump_holds_every_row_of_train_in_the_order_of_the_file(
         assert covered.tolist() == [label != IGNORE_INDEX for label in line["labels"]]
 
 
+def test_a_row_is_shown_as_several_epochs_have_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": "a b", "completion": f" <ToW> {'why' * i} </ToW> c <ToW>xyz</ToW> d"} for i in range(3)]
+    fades = ["data.thought_schedule={tokens_per_epoch: 3}", "training.num_train_epochs=5", "preflight.rows=0"]
+    text = said(capsys, *only(write_lines(here / "rows.jsonl", rows)), *fades, "data.batching=packed")
+    shown = text.partition("fading ")[2].partition("\nsteps ")[0]
+    parts = [line.strip() for line in shown.splitlines()[1:]]
+    assert parts == [
+        *("epoch 0", "<s>a b[ ]{<ToW>  </ToW>}[ c ]{<ToW>xyz</ToW>}[ d]<</s>>"),
+        *("epoch 1", "<s>a b[ c d]<</s>>", "epoch 2", "<s>a b[ c d]<</s>>", "epoch 4", "<s>a b[ c d]<</s>>"),
+    ]
+
+
 def test_a_streamed_set_is_dumped_whole(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = write_lines(here / "rows.jsonl", [{"prompt": f"{i}=", "completion": "x"} for i in range(1200)])
     overrides = [*only(rows), "data.streaming=true", "training.max_train_steps=3"]

@@ -82,6 +82,7 @@ ZERO3 = ("deepspeed=zero3", "deepspeed.zero_optimization.stage3_param_persistenc
 SHARED_OUT = {"none": (), "zero1": ("deepspeed=zero1",), "zero2": ("deepspeed=zero2",), "zero3": ZERO3}
 ONE_EPOCH = ("training.num_train_epochs=1",)
 SUM = ("loss.reduction=sum", "optimizer.lr=1e-3", "training.max_grad_norm=1", *ONE_EPOCH)
+FADED = ("data.thought_dropout=0.3", "data.thought_schedule={tokens_per_epoch: 2, smoothing: 0.5}")
 LORA = ("adapter=lora", "adapter.lora_dropout=0", "optimizer.lr=1e-2", *ONE_EPOCH)
 
 
@@ -340,7 +341,7 @@ def test_two_processes_give_the_losses_of_one(lab: Laboratory, what: str) -> Non
 
 @pytest.mark.parametrize("what", list(SHARED_OUT))
 def test_losses_that_are_summed_are_those_of_one_process_too(lab: Laboratory, what: str) -> None:
-    grows = (*SUM, f"model.checkpoint={lab.exact}")  # the matrices have to grow
+    grows = (*SUM, *FADED, f"model.checkpoint={lab.exact}")  # the matrices have to grow
     ours = lab.together(f"{what}-sum", *SHARED_OUT[what], *grows)
     assert_same_numbers(ours, lab.alone("one-sum", *grows), epochs=1)
     assert metrics(ours)[0]["train/objective"] > 3 * metrics(ours)[0]["train/loss"]

@@ -48,6 +48,7 @@ THIRTY = (
     "evaluation.sample_steps=13",
     "checkpoint.checkpointing_steps=5",
 )
+FADED = ("data.thought_dropout=0.3", "data.thought_schedule={tokens_per_epoch: 2, smoothing: 0.5}")
 LORA = ("adapter=lora", "adapter.lora_dropout=0.1", "optimizer.lr=1e-2", "export.merge=true")
 
 
@@ -125,7 +126,7 @@ def assert_same(first: Path, second: Path) -> None:
 def test_thirty_steps_with_stops_equal_thirty_steps_straight(
     tmp_path: Path, adapter: tuple[str, ...], batching: str
 ) -> None:
-    packed = ("data.max_seq_length=128",) if batching == "packed" else ()
+    packed = ("data.max_seq_length=128", *FADED) if batching == "packed" else ()
     overrides = (*THIRTY, *adapter, *packed, f"data.batching={batching}")
     start(tmp_path / "straight", *overrides)
     fates = [
@@ -177,7 +178,7 @@ TWELVE = (
         ("adapter=dora", "adapter.lora_dropout=0.2", "optimizer.embedding_lr=1e-2", "export.merge=true"),
         ("loss.reduction=sum", "loss.thought_weight=0.5", "loss.label_smoothing=0.1", "optimizer.lr=1e-4"),
         ("data.streaming=true", "data.validation_fraction=0"),
-        ("data.streaming=true", "data.batching=length_grouped"),
+        ("data.streaming=true", "data.batching=length_grouped", *FADED),
         ("scheduler=linear", "scheduler.warmup_steps=4", "training.max_grad_norm=null"),
     ],
     ids=lambda overrides: " ".join(overrides[:2]),

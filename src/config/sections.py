@@ -75,6 +75,8 @@ def parse_section(schema: Any, given: Any, prefix: str) -> Parsed:
         part = _parse_value(schema, key, hints[key], rules_of[key].get("check"), value, prefix)
         if (each := rules_of[key].get("each")) and not part.problems and value is not None:
             part = _parse_each(getattr(schema_module, each), value, dotted(prefix, key))
+        if (form := rules_of[key].get("form")) and not part.problems and value is not None:
+            part = parse_section(getattr(schema_module, form), value, dotted(prefix, key))
         if (inner := rules_of[key].get("inner")) and isinstance(value, dict):
             part.problems += _check_inner(inner, value, dotted(prefix, key))
         parsed.problems += part.problems

@@ -80,6 +80,11 @@ class BatchSampler:
     micro_batches_per_step: int
     max_tokens: int
 
+    def micro_batches_of(self, rows: EncodedSet, seed: Sequence[int], num_taken: int = 0) -> list[Sequences]:
+        """Do the same with a set, whose lengths are computed only where they count."""
+        lengths = np.zeros(len(rows)) if self.batching is Batching.padded else rows.lengths
+        return self.micro_batches(lengths, seed, num_taken)
+
     def micro_batches(self, lengths: np.ndarray, seed: Sequence[int], num_taken: int = 0) -> list[Sequences]:
         """Put every row into exactly one micro-batch, in an order by seed.
 
@@ -139,7 +144,7 @@ def windows(
     while True:
         micro_batches: list[tuple[EncodedSet, Sequences]] = []
         for block, block_seed, position in _blocks(rows, seed, start):
-            for sequences in sampler.micro_batches(block.lengths, block_seed, position.num_sequences):
+            for sequences in sampler.micro_batches_of(block, block_seed, position.num_sequences):
                 if len(micro_batches) == sampler.micro_batches_per_step:
                     yield Window(start.epoch, micro_batches, position)
                     micro_batches = []
@@ -156,18 +161,22 @@ def _blocks(
 ) -> Iterator[tuple[EncodedSet, list[int], Position]]:
     """Yield the blocks of the rest of an epoch, each with the seed of its order and where to begin in it."""
     if isinstance(rows, EncodedSet):
-        yield rows, [seed, start.epoch], start
+        yield rows.in_epoch(start.epoch), [seed, start.epoch], start
         return
     num_taken = start.num_sequences
     for block in rows.read(start.block):
-        yield block.rows, [seed, start.epoch, block.number], Position(start.epoch, num_taken, block.begin)
+        yield (
+            block.rows.in_epoch(start.epoch),
+            [seed, start.epoch, block.number],
+            Position(start.epoch, num_taken, block.begin),
+        )
         num_taken = 0
 
 
-def steps_per_epoch(rows: EncodedSet, sampler: BatchSampler, seed: int, num_taken: int = 0) -> int:
+def steps_per_epoch(rows: EncodedSet, sampler: BatchSampler, seed: int, num_taken: int = 0, epoch: int = 0) -> int:
     """Return the number of optimizer steps of an epoch, or of the rest of it; the last one may be short."""
     if sampler.batching is Batching.packed:
-        num_micro_batches = len(sampler.micro_batches(rows.lengths, [seed, 0], num_taken))
+        num_micro_batches = len(sampler.micro_batches(rows.in_epoch(epoch).lengths, [seed, epoch], num_taken))
     else:
         num_micro_batches = math.ceil(max(0, len(rows) - num_taken) / sampler.batch_size)
     return math.ceil(num_micro_batches / sampler.micro_batches_per_step)

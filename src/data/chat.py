@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from src.config.schema import SupervisedTurns
 from src.data import chat_render
 from src.data.answers import AnswerFrame
 from src.data.chat_render import LITERAL_FROM, LITERAL_TO, Messages, MessageText, probes, squeezed
@@ -98,17 +97,12 @@ class ChatTemplate:
     def is_fallback(self) -> bool:
         return chat_render.FALLBACK_TEMPLATE in self._tokenizer.get_chat_template()
 
-    def render(
-        self, messages: Sequence[dict[str, str]], is_supervised: list[bool], turns: SupervisedTurns
-    ) -> RenderedChat:
-        """Return a chat as segments of text; `is_supervised` says of each assistant's message what the row wants.
+    def render(self, messages: Sequence[dict[str, str]], wanted: Sequence[bool]) -> RenderedChat:
+        """Return a chat as segments of text; `wanted` says of each assistant's message whether it is to be supervised.
 
         BadRow where the template refuses the chat, TokenError where it can't be found out what of it is supervised.
         """
         literals: list[str] = []
-        wanted = is_supervised
-        if turns is SupervisedTurns.last:
-            wanted = [False] * (len(is_supervised) - 1) + is_supervised[-1:]
         marked = [self._with_literals_marked(message, literals) for message in messages]
         try:
             rendered, parts, supervised = self._turns(marked, wanted)

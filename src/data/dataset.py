@@ -20,6 +20,7 @@ from src.data.cache import RowCache, ShowProgress
 from src.data.chat import ChatTemplate
 from src.data.chat_render import set_chat_template
 from src.data.encoding import Encoder, Lengths
+from src.data.epochs import fader_of
 from src.data.groups import read_groups
 from src.data.preparation import EncodingConfig
 from src.data.report import SplitReport, describe_fold
@@ -180,14 +181,17 @@ class _Builder:
         self.reports: dict[str, SplitReport] = {"train": SplitReport()}
         self.template = ChatTemplate(tokenizer, self.encoder.control_tokens) if has_chats else None
         self.frame = AnswerFrame() if self.template is None else self.template.frame
+        self.fader = fader_of(config, self.encoder, self.template, self.lengths, show_progress)
         ends = tokenizer.convert_tokens_to_ids(list(self.template.ends)) if self.template else []
         self.stop_ids = list(dict.fromkeys([self.encoder.eos_token_id, *ends]))
 
-    def _encoding(self, data: DataConfig) -> EncodingConfig:
-        return EncodingConfig(data, self.config.tokens, self.tokenizer, self.lengths, is_chat(data), self.to_predict)
+    def _encoding(self, data: DataConfig, *, is_train: bool = False) -> EncodingConfig:
+        keeps_texts = is_train and self.fader is not None
+        settings = self.config.tokens, self.tokenizer, self.lengths, is_chat(data), self.to_predict, keeps_texts
+        return EncodingConfig(data, *settings)
 
-    def _shard(self, name: str, source: Source, data: DataConfig) -> Shard:
-        shard = self.cache.shard(name, source, self._encoding(data))
+    def _shard(self, name: str, source: Source, data: DataConfig, *, is_train: bool = False) -> Shard:
+        shard = self.cache.shard(name, source, self._encoding(data, is_train=is_train))
         self._check_dropped(name, shard, source)
         return shard
 
@@ -219,7 +223,8 @@ class _Builder:
             return self._streamed(sources), None
         identities = [source.identity() for source in sources.values()] if data.group_column is not None else []
         groups = None if data.group_column is None else read_groups(sources, data.group_column, self.show_progress)
-        shards = {name: self._shard(name, source, self.sources[name].data) for name, source in sources.items()}
+        described = {name: one.data for name, one in self.sources.items()}
+        shards = {name: self._shard(name, source, described[name], is_train=True) for name, source in sources.items()}
         if identities and identities != [source.identity() for source in sources.values()]:
             raise DataError("train changed while being read; start again when it is complete")
         sizes = [shard.stats.num_records for shard in shards.values()]
@@ -238,7 +243,8 @@ class _Builder:
         sources = self.sources.values()
         weights, counts = [source.weight for source in sources], [source.count for source in sources]
         sample_counts = splits.sample_counts([len(indices) for indices in rows], weights, counts)
-        train = EncodedSet("train", list(shards.values()), self._row_order(rows, sample_counts), is_weighted=True)
+        order = self._row_order(rows, sample_counts)
+        train = EncodedSet("train", list(shards.values()), order, is_weighted=True, fader=self.fader)
         report = self._report(train, held_out)
         if len(train) and not report.supervised_tokens:
             raise DataError("train has nothing to learn: the weight of every row is 0 (data.weight_column)")
@@ -269,14 +275,16 @@ class _Builder:
 
     def _streamed(self, sources: dict[str, Source]) -> StreamedSet:
         weights = {name: source.weight or source.count or 1 for name, source in self.sources.items()}
+        encodings = {name: self._encoding(one.data, is_train=True) for name, one in self.sources.items()}
         train = StreamedSet(
             "train",
             [
-                StreamSource(sources[name], self._encoding(one.data), weights[name] / sum(weights.values()), one.count)
+                StreamSource(sources[name], encodings[name], weights[name] / sum(weights.values()), one.count)
                 for name, one in self.sources.items()
             ],
             self.data.preprocessing_num_workers,
             self.data.max_dropped_fraction,
+            self.fader,
         )
         self._report(train.first).is_streamed = True
         return train

@@ -4,15 +4,20 @@ Prompt and completion are tokenised apart and their ids joined, because that is 
 the completion's tokens and the EOS after it, which is appended as an id, and only to a completion that was not cut.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from src.config.schema import Overflow
 from src.data.examples import Example
 from src.data.text_encoder import PROBE, TextEncoder, last_turn, tokenizer_errors
 from src.errors import TokenError
 
+Gone = Sequence[int]
+"""How many ids are taken out of each supervised, closed thought of a row: from its left, negative from its right."""
 IGNORE_INDEX = -100  # label of a position that is not supervised
 
 ANSWER, THOUGHT = 0, 1
@@ -75,15 +80,42 @@ class Encoder(TextEncoder):
             opened, closed = tokenizer.convert_tokens_to_ids(list(tags))
             self.tag_ids = opened, closed
 
-    def encode(self, examples: Sequence[Example], lengths: Lengths) -> list[EncodedRow | None]:
-        """Encode rows; None where one is too long and `overflow` does not cut it."""
+    def encode(
+        self, examples: Sequence[Example], lengths: Lengths, gone: Sequence[Gone] | None = None
+    ) -> list[EncodedRow | None]:
+        """Encode rows; None where one is too long and `overflow` does not cut it.
+
+        `gone` is how many ids are taken out of each thought of each row before it is cut.
+        """
         is_causal = lengths.target is None
         encoded = self.encode_segments([example.segments for example in examples], restarts=not is_causal)
         join = self._causal_row if is_causal else self._encoder_decoder_row
-        return [join(example, ids, n, lengths) for example, (ids, n) in zip(examples, encoded, strict=True)]
+        each = zip(examples, encoded, [()] * len(examples) if gone is None else gone, strict=True)
+        return [join(example, ids, n, lengths, its_gone) for example, (ids, n), its_gone in each]
+
+    def thought_lengths(self, examples: Sequence[Example], *, is_causal: bool) -> list[list[int]]:
+        """Return the number of ids between the tags of each supervised thought, of rows that are not cut."""
+        assert self.tag_ids is not None
+        unlimited = Lengths(sys.maxsize, None if is_causal else sys.maxsize, Overflow.error)
+        found = []
+        for row in self.encode(examples, unlimited):
+            assert row is not None
+            ids = row.input_ids if row.target_ids is None else row.target_ids
+            thoughts = [(start, stop) for kind, start, stop in row.spans if kind == THOUGHT]
+            starts = [
+                start - (ids[start] != self.tag_ids[0]) for start, _ in thoughts
+            ]  # the very first id has no label
+            found.append(
+                [
+                    stop - start - 2
+                    for start, (_, stop) in zip(starts, thoughts, strict=True)
+                    if self._is_closed(ids, stop)
+                ]
+            )
+        return found
 
     def _causal_row(
-        self, example: Example, segments: list[list[int]], num_control: int, lengths: Lengths
+        self, example: Example, segments: list[list[int]], num_control: int, lengths: Lengths, gone: Gone
     ) -> EncodedRow | None:
         """Join a row's segments after BOS, with EOS at the end, and cut what is too long."""
         has_prefix = example.segments[0].is_rendered and segments[0][:1] == self._causal_prefix
@@ -102,6 +134,10 @@ class Encoder(TextEncoder):
         if example.needs_eos:
             ids.append(self.eos_token_id)
             supervised[-1] = (supervised[-1][0], len(ids))
+        if any(gone):
+            ids, moved = self._shrunk(ids, supervised, gone)
+            supervised = [(moved[start], moved[stop]) for start, stop in supervised]
+            prompt_length = moved[prompt_length]
         excess = len(ids) - lengths.sequence
         if excess > 0:
             if lengths.overflow in (Overflow.drop, Overflow.error):
@@ -119,7 +155,7 @@ class Encoder(TextEncoder):
         return EncodedRow(ids, None, spans, prompt_length, excess > 0, num_control)
 
     def _encoder_decoder_row(
-        self, example: Example, segments: list[list[int]], num_control: int, lengths: Lengths
+        self, example: Example, segments: list[list[int]], num_control: int, lengths: Lengths, gone: Gone
     ) -> EncodedRow | None:
         """Join the prompt for the encoder and the completion for the decoder, with the tokenizer's special tokens."""
         assert lengths.target is not None
@@ -130,6 +166,8 @@ class Encoder(TextEncoder):
             target.append(self.eos_token_id)
         if example.segments[0].is_rendered and self._prefix and prompt[: len(self._prefix)] == self._prefix:
             prompt = prompt[len(self._prefix) :]  # written by the chat template already
+        if any(gone):
+            target, _ = self._shrunk(target, [(len(self.target_prefix), len(target))], gone)
         room = lengths.sequence - len(self._prefix) - len(self._suffix)
         excess = len(prompt) - room
         is_long = excess > 0 or len(target) > lengths.target
@@ -142,6 +180,25 @@ class Encoder(TextEncoder):
         input_ids = [*self._prefix, *prompt, *self._suffix]
         spans = self._spans(target, [(len(self.target_prefix), len(target))]) if stop > first else []
         return EncodedRow(input_ids, target, spans, len(input_ids), is_long, num_control)
+
+    def _shrunk(self, ids: list[int], supervised: list[tuple[int, int]], gone: Gone) -> tuple[list[int], list[int]]:
+        """Take ids out of the supervised thoughts; return the others, and where each position is now."""
+        thoughts = [
+            (start + 1, stop - 1)
+            for kind, start, stop in self._spans(ids, supervised)
+            if kind == THOUGHT and self._is_closed(ids, stop)
+        ]
+        is_gone = set[int]()
+        for (start, stop), count in zip(thoughts, gone, strict=True):
+            is_gone.update(range(start, start + count) if count > 0 else range(stop + count, stop))
+        kept = [i for i in range(len(ids)) if i not in is_gone]
+        moved = np.cumsum([0, *(i not in is_gone for i in range(len(ids)))]).tolist()
+        return [ids[i] for i in kept], moved
+
+    def _is_closed(self, ids: list[int], stop: int) -> bool:
+        """Return whether a thought that ends there is closed, and not cut or left open."""
+        assert self.tag_ids is not None
+        return ids[stop - 1] == self.tag_ids[1]
 
     def _spans(self, ids: list[int], supervised: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
         """Split the supervised parts into thoughts, from tag to tag, and answers."""

@@ -1,11 +1,12 @@
 """Records to examples: thoughts are written or dropped, templates filled, chats rendered by the model's template."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from itertools import compress
 from typing import Any, NamedTuple
 
 from src.config.formats import roles
-from src.config.schema import PLACEHOLDER, DataConfig, Thoughts
+from src.config.schema import PLACEHOLDER, DataConfig, SupervisedTurns, Thoughts
 from src.config.schema.checks import WEIGHT_OR_ZERO
 from src.data.answers import strip_thoughts
 from src.data.chat import ChatTemplate
@@ -13,7 +14,7 @@ from src.data.formats import BadRow, Chat, Pair, field, load_format
 from src.data.formats.messages import ROLES, SUPERVISION_KEYS, THOUGHT, form_of
 from src.data.readers.record import Record
 from src.data.text_encoder import Segment, last_turn
-from src.data.thoughts import join_texts
+from src.data.thoughts import count_thoughts, join_texts, leave_out
 from src.patterns import Pattern
 
 FILLER = "-"  # in place of a missing answer of a row to predict, so that its format reads it; no model sees it
@@ -27,6 +28,7 @@ class Example(NamedTuple):
     adds. EOS follows as an id where `needs_eos`: a chat template has its own ends of turns. `changes` names what the
     template does to the texts of the messages (see chat.RenderedChat), `unread` the keys of the row that nothing reads.
     `weight` is the row's in the loss; None: it has none of its own, which is 1.
+    `chat` is what the template rendered.
     """
 
     segments: tuple[Segment, ...]
@@ -38,6 +40,7 @@ class Example(NamedTuple):
     changes: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     weight: float | None = None
+    chat: Chat | None = None
 
     @property
     def supervised_text(self) -> str:
@@ -85,15 +88,22 @@ class ExampleBuilder:
     def _example(self, fields: dict[str, Any]) -> Example:
         parsed = self._read(fields, self._data)
         if isinstance(parsed, Chat):
+            wanted = parsed.is_supervised
+            if self._data.supervised_turns is SupervisedTurns.last:
+                wanted = [False] * (len(wanted) - 1) + wanted[-1:]
             messages = [self._with_thoughts(message) for message in parsed.messages]
-            return self._rendered(messages, parsed.is_supervised, parsed.unread)
+            return self._rendered(Chat(messages, wanted, parsed.unread))
         pair = self._pair(parsed)
         if self._data.system_prompt is None:
             return pair
         messages = [{"role": "user", "content": pair.prompt}, {"role": "assistant", "content": pair.completion}]
         if self._data.system_prompt:
             messages.insert(0, {"role": "system", "content": self._data.system_prompt})
-        return self._rendered(messages, [True], pair.unread)._replace(was_cleaned=pair.was_cleaned)
+        return self._rendered(Chat(messages, [True], pair.unread))._replace(was_cleaned=pair.was_cleaned)
+
+    def _rendered(self, chat: Chat) -> Example:
+        assert self._template is not None
+        return render(chat, self._template, self._tags)
 
     def _pair(self, pair: Pair) -> Example:
         parts, role, template = pair.parts, self._completion_role, self._data.completion_template
@@ -110,8 +120,9 @@ class ExampleBuilder:
         before = prompt if self._data.system_prompt is None else ""  # a message begins anew
         reference = self._without_thoughts(parts[role], before, filled)
         completion = reference if self._tags is None else filled(self._written(parts[role]))
-        segments = (Segment(prompt, is_supervised=False), Segment(completion, is_supervised=True))
-        return Example(segments, prompt, completion, reference, was_cleaned=pair.was_cleaned, unread=pair.unread)
+        return pair_example(prompt, completion)._replace(
+            reference=reference, was_cleaned=pair.was_cleaned, unread=pair.unread
+        )
 
     def _written(self, text: str) -> str:
         """Return a text with every thought as the model is to write it."""
@@ -146,20 +157,65 @@ class ExampleBuilder:
             return {"role": "assistant", "content": join_texts(["", content], "")}
         return message | {"content": content}
 
-    def _rendered(self, messages: list[dict[str, str]], is_supervised: list[bool], unread: tuple[str, ...]) -> Example:
+
+def pair_example(prompt: str, completion: str) -> Example:
+    """Return the example of a prompt and a completion, which is its own reference."""
+    segments = (Segment(prompt, is_supervised=False), Segment(completion, is_supervised=True))
+    return Example(segments, prompt, completion, completion)
+
+
+def render(chat: Chat, template: ChatTemplate, tags: tuple[str, str] | None) -> Example:
+    """Return the example of a chat; raises as `ChatTemplate.render`."""
+    rendered = template.render(chat.messages, chat.is_supervised)
+    first, stop = last_turn(rendered.segments)
+    answer = strip_thoughts(rendered.answer, tags)
+    return Example(
+        tuple(rendered.segments),
+        prompt="".join(segment.text for segment in rendered.segments[:first]),
+        completion="".join(segment.text for segment in rendered.segments[first:stop]),
+        reference=template.frame.answer(answer) if rendered.is_framed else template.frame.without_thought(answer),
+        needs_eos=first < stop == len(rendered.segments) and not rendered.has_end,
+        changes=rendered.changes,
+        unread=chat.unread,
+        chat=chat,
+    )
+
+
+class Rewriter:
+    """Writes examples again, without some of their thoughts, as they would be without them in the data.
+
+    Thoughts are counted from 0 in the supervised texts: of a pair the completion, of a chat the messages that the row
+    wants supervised.
+    """
+
+    def __init__(self, tags: tuple[str, str], template: ChatTemplate | None) -> None:
+        self._tags, self._template = tags, template
+
+    def num_thoughts(self, example: Example) -> int:
+        texts = [example.completion] if example.chat is None else _supervised_texts(example.chat)
+        return sum(count_thoughts(text, self._tags) for text in texts)
+
+    def without(self, left_out: Collection[int], prompt: str, completion: str, chat: Chat | None) -> Example:
+        """Return an example without these thoughts; that of the chat, where it is one."""
+        if chat is None:
+            return pair_example(prompt, leave_out(completion, self._tags, left_out, before=prompt))
+        messages, done = list[dict[str, str]](), 0
+        wanted = iter(chat.is_supervised)
+        for message in chat.messages:
+            if message["role"] == "assistant" and next(wanted):
+                content = message["content"]
+                its_own = {i - done for i in left_out}
+                message = message | {"content": leave_out(content, self._tags, its_own, before="")}
+                done += count_thoughts(content, self._tags)
+            messages.append(message)
         assert self._template is not None
-        chat = self._template.render(messages, is_supervised, self._data.supervised_turns)
-        first, stop = last_turn(chat.segments)
-        frame, answer = self._template.frame, strip_thoughts(chat.answer, self._tags)
-        return Example(
-            tuple(chat.segments),
-            prompt="".join(segment.text for segment in chat.segments[:first]),
-            completion="".join(segment.text for segment in chat.segments[first:stop]),
-            reference=frame.answer(answer) if chat.is_framed else frame.without_thought(answer),
-            needs_eos=first < stop == len(chat.segments) and not chat.has_end,
-            changes=chat.changes,
-            unread=unread,
-        )
+        return render(Chat(messages, chat.is_supervised), self._template, self._tags)
+
+
+def _supervised_texts(chat: Chat) -> Iterator[str]:
+    """Yield the contents of the messages that the row wants supervised."""
+    texts = (message["content"] for message in chat.messages if message["role"] == "assistant")
+    yield from compress(texts, chat.is_supervised)
 
 
 def _with_answer(fields: dict[str, Any], data: DataConfig) -> tuple[dict[str, Any], bool]:

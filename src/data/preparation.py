@@ -23,10 +23,10 @@ from src.config.schema import DataConfig, Overflow, TokensConfig, thought_tags
 from src.config.schema.fields import key_info
 from src.data.chat import ChatTemplate
 from src.data.encoding import EncodedRow, Encoder, Lengths
-from src.data.examples import Example, ExampleBuilder
+from src.data.examples import Example, ExampleBuilder, Rewriter
 from src.data.formats import BadRow
 from src.data.readers.record import ENTRY_BYTES, ReadResult, Record, Unreadable, memory_of
-from src.data.store import DroppedRow, Encoded, to_batch
+from src.data.store import DroppedRow, Encoded, FadingText, to_batch
 from src.data.text_encoder import BrokenTokenizerError
 from src.errors import DataError, TokenError
 from src.patterns import at
@@ -41,7 +41,8 @@ THREADS = min(5, os.cpu_count() or 1)  # of one process; Python's part, a fifth,
 class EncodingConfig:
     """Everything that decides how a record is encoded; it can be sent to another process.
 
-    `data` are the settings of the record's source. With `to_predict` its answer may be missing, and takes no room.
+    `data` are the settings of the record's source. With `to_predict` its answer may be missing, and takes no room; with
+    `keeps_texts` rows that have thoughts keep what they can be encoded of without some of them.
     """
 
     data: DataConfig
@@ -50,6 +51,7 @@ class EncodingConfig:
     lengths: Lengths
     is_chat: bool
     to_predict: bool = False
+    keeps_texts: bool = False
 
     @property
     def tags(self) -> tuple[str, str] | None:
@@ -75,7 +77,7 @@ class EncodingConfig:
             "roles": roles(self.data.format),
             "tags": self.tags,
             "lengths": _shaping(self.lengths),
-            **({"to_predict": True} if self.to_predict else {}),
+            **{flag: True for flag in ("to_predict", "keeps_texts") if getattr(self, flag)},
         }
 
 
@@ -84,9 +86,11 @@ def _shaping(section: Any) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key in fields(section):
         value, info = getattr(section, key.name), key_info(key)
+        if not info.shapes_rows or info.cache_key_field:
+            continue
         if is_dataclass(value):
             values |= {f"{key.name}.{name}": inner for name, inner in _shaping(value).items()}
-        elif info.shapes_rows and not info.cache_key_field:
+        else:
             values[key.name] = value.name if isinstance(value, Enum) else value
     return values
 
@@ -113,6 +117,7 @@ class RowEncoder:
         template = ChatTemplate(config.tokenizer, self._encoder.control_tokens) if config.is_chat else None
         self._examples = ExampleBuilder(config.data, config.tags, template, to_predict=config.to_predict)
         self._lengths = config.lengths
+        self._rewriter = Rewriter(config.tags, template) if config.keeps_texts and config.tags else None
 
     def encode_chunk(self, chunk: Records) -> EncodedChunk:
         """Format and encode a chunk; DataError where a row takes so much time or memory that many would stop all."""
@@ -136,7 +141,33 @@ class RowEncoder:
                 bad.append((record.place, f"longer than {self._longest()}, and data.overflow = error"))
             else:
                 dropped.append(DroppedRow(ordinal, record.place, "too_long" if row is None else "no_supervised_token"))
-        return EncodedChunk(to_batch(rows), len(chunk), dropped, bad)
+        return EncodedChunk(to_batch(rows, self._fading(rows, bad)), len(chunk), dropped, bad)
+
+    def _fading(self, rows: Sequence[Encoded], bad: list[tuple[str, str]]) -> dict[int, FadingText]:
+        """Return what rows with thoughts are encoded of without some of them, by their ordinals.
+
+        Those that can't be encoded without any are added to the bad ones: training must not stop at them.
+        """
+        if (rewriter := self._rewriter) is None:
+            return {}
+        found, thinking = dict[int, FadingText](), [row for row in rows if rewriter.num_thoughts(row[2])]
+        examples = [example for _, _, example, _ in thinking]
+        lengths = self._encoder.thought_lengths(examples, is_causal=self._lengths.target is None)
+        for (ordinal, record, example, _), its_lengths in zip(thinking, lengths, strict=True):
+            num_thoughts = rewriter.num_thoughts(example)
+            if num_thoughts != len(its_lengths):
+                reason = f"its text has {num_thoughts} thoughts, and {len(its_lengths)} of them are supervised"
+                bad.append((record.place, f"its thoughts can't be left out one by one: {reason}"))
+                continue
+            try:
+                self._encoder.encode(
+                    [rewriter.without(range(num_thoughts), example.prompt, example.completion, example.chat)],
+                    self._lengths,
+                )
+            except (BadRow, TokenError) as problem:
+                bad.append((record.place, f"without its thoughts: {problem}"))
+            found[ordinal] = FadingText(its_lengths, example.chat)
+        return found
 
     def _encode(self, good: list[tuple[int, Record, Example]]) -> Sequence[EncodedRow | TokenError | None]:
         """Encode examples: None if too long, an error if one can't be written; DataError where the tokenizer fails."""

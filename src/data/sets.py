@@ -3,14 +3,15 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import cached_property
+from typing import Any, Protocol, Self
 
 import numpy as np
 
 from src.data.encoding import AFTER_THOUGHT, ANSWER, IGNORE_INDEX, THOUGHT, THOUGHT_CLOSE, THOUGHT_OPEN
 from src.data.readers.record import place_of
 from src.data.splits import concatenate
-from src.data.store import Shard, StoredBatch
+from src.data.store import FadingText, Shard, StoredBatch
 
 
 @dataclass(slots=True)
@@ -55,6 +56,22 @@ class LabelledRow:
         return parts
 
 
+def labels_of(ids: np.ndarray, spans: np.ndarray) -> np.ndarray:
+    """Return the labels of a row: its ids where they are supervised."""
+    labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
+    for _, start, stop in spans.tolist():
+        labels[start:stop] = ids[start:stop]
+    return labels
+
+
+class Fader(Protocol):
+    """What rows are in each epoch, where that differs."""
+
+    def in_epoch(self, rows: "EncodedSet", epoch: int) -> "EncodedSet": ...
+
+    def settings(self) -> str: ...
+
+
 class EncodedSet:
     """Rows of shards, one a source; row i is `set[i]`.
 
@@ -64,17 +81,41 @@ class EncodedSet:
     """
 
     def __init__(
-        self, name: str, shards: Sequence[Shard], indices: np.ndarray | None = None, *, is_weighted: bool = False
+        self,
+        name: str,
+        shards: Sequence[Shard],
+        indices: np.ndarray | None = None,
+        *,
+        is_weighted: bool = False,
+        fader: Fader | None = None,
     ) -> None:
-        self.name, self.shards, self.is_weighted = name, list(shards), is_weighted
+        self.name, self.shards, self.is_weighted, self._fader = name, list(shards), is_weighted, fader
         self.indices = concatenate([np.arange(len(shard)) for shard in shards]) if indices is None else indices
-        self.lengths = self._select([shard.lengths for shard in shards])
-        self.target_lengths = self._select([shard.target_lengths for shard in shards])
-        self.is_encoder_decoder = bool(self.target_lengths.any())
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return self._select([shard.lengths for shard in self.shards])
+
+    @cached_property
+    def target_lengths(self) -> np.ndarray:
+        return self._select([shard.target_lengths for shard in self.shards])
+
+    @cached_property
+    def is_encoder_decoder(self) -> bool:
+        return bool(self.target_lengths.any())
+
+    @property
+    def varies(self) -> bool:
+        """Whether an epoch's rows may differ from another's."""
+        return self._fader is not None
+
+    def in_epoch(self, epoch: int) -> "EncodedSet":
+        """Return the rows as an epoch, from 0, feeds them: the same, in the same order, without what is gone."""
+        return self if self._fader is None else self._fader.in_epoch(self, epoch)
 
     def select(self, rows: Sequence[int] | np.ndarray) -> "EncodedSet":
         """Return a set of some of its rows: by their indices, or by a mask, [rows]."""
-        return EncodedSet(self.name, self.shards, self.indices[rows], is_weighted=self.is_weighted)
+        return EncodedSet(self.name, self.shards, self.indices[rows], is_weighted=self.is_weighted, fader=self._fader)
 
     @property
     def first(self) -> Self:
@@ -103,10 +144,7 @@ class EncodedSet:
         targets = batch.target_ids[batch.target_offsets[i] : batch.target_offsets[i + 1]]
         stop = batch.span_offsets[i + 1] if weight else batch.span_offsets[i]
         spans = batch.spans[batch.span_offsets[i] : stop].reshape(-1, 3)
-        label_ids = targets if len(targets) else ids
-        labels = np.full(len(label_ids), IGNORE_INDEX, dtype=np.int32)
-        for _, start, stop in spans.tolist():
-            labels[start:stop] = label_ids[start:stop]
+        labels = labels_of(targets if len(targets) else ids, spans)
         tag_ids = self.shards[self.indices[index, 0]].tag_ids
         return LabelledRow(ids, labels, targets if len(targets) else None, spans, tag_ids, weight)
 
@@ -156,6 +194,11 @@ class EncodedSet:
     def changes(self, index: int) -> list[str]:
         """Return the changes of the chat template to the texts of a row's messages, see chat.RenderedChat."""
         return (self._value(index, "changes") or "").splitlines()
+
+    def fading(self, index: int) -> FadingText | None:
+        """Return what a row is encoded of without some of its thoughts; None where it is the same in each epoch."""
+        text = self._value(index, "fading")
+        return None if text is None else FadingText.from_json(text)
 
     def is_truncated(self, index: int) -> bool:
         return bool(self._value(index, "is_truncated"))
@@ -221,7 +264,9 @@ class EncodedSet:
         )
 
     def digest(self) -> str:
-        """Return a hash of all ids and labels in their order, 32 hex digits."""
+        """Return a hash of all ids and labels in their order, and of how they differ by epoch, 32 hex digits."""
         hashed = hashlib.sha256("".join(shard.stats.digest for shard in self.shards).encode())
         hashed.update(np.ascontiguousarray(self.indices).tobytes())
+        if self._fader is not None:
+            hashed.update(self._fader.settings().encode())
         return hashed.hexdigest()[:32]

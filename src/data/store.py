@@ -4,10 +4,11 @@ import dataclasses
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -15,6 +16,7 @@ import pyarrow as pa
 
 from src.data.encoding import EncodedRow
 from src.data.examples import Example
+from src.data.formats import Chat
 from src.data.readers.record import Record
 from src.errors import visible
 from src.util import load_json
@@ -42,6 +44,7 @@ SCHEMA = pa.schema(
         "changes": pa.string(),  # by the chat template, one a line: see chat.RenderedChat; null: none
         "unread": pa.string(),  # keys that nothing reads, one a line; null: none
         "weight": pa.float64(),  # in the loss; null: 1
+        "fading": pa.string(),  # what the row is encoded of without some thoughts: see FadingText; null: never is
     }
 )
 
@@ -68,8 +71,28 @@ class SourceStats:
 Encoded = tuple[int, Record, Example, EncodedRow]  # the ordinal of a row, its record, its text, its ids
 
 
-def to_batch(rows: Sequence[Encoded]) -> pa.RecordBatch:
-    """Return rows as columns."""
+@dataclass(frozen=True, slots=True)
+class FadingText:
+    """What a row is encoded of again, without some of its thoughts, besides its prompt and its completion.
+
+    `lengths` are the ids between the tags of each thought, counted before the row is cut; `chat` is what was rendered.
+    """
+
+    lengths: list[int]
+    chat: Chat | None
+
+    def to_json(self) -> str:
+        chat = None if self.chat is None else [self.chat.messages, self.chat.is_supervised]
+        return json.dumps([self.lengths, chat], ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        lengths, chat = json.loads(text)
+        return cls(lengths, chat and Chat(*chat))
+
+
+def to_batch(rows: Sequence[Encoded], fading: Mapping[int, FadingText] = MappingProxyType({})) -> pa.RecordBatch:
+    """Return rows as columns; `fading` is of rows whose thoughts fade, by their ordinals."""
     encoded = [row for _, _, _, row in rows]
     examples = [example for _, _, example, _ in rows]
     columns = {
@@ -91,6 +114,7 @@ def to_batch(rows: Sequence[Encoded]) -> pa.RecordBatch:
         "changes": ["\n".join(example.changes) or None for example in examples],
         "unread": ["\n".join(visible(key, is_line=True) for key in example.unread) or None for example in examples],
         "weight": [example.weight for example in examples],
+        "fading": [fading[ordinal].to_json() if ordinal in fading else None for ordinal, _, _, _ in rows],
     }
     return pa.record_batch(columns, schema=SCHEMA)
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 from src.data.bad_rows import BadRows
 from src.data.preparation import CHUNK_ROWS, EncodingConfig, encode_chunks
 from src.data.readers.record import ReadResult, Unreadable
-from src.data.sets import EncodedSet
+from src.data.sets import EncodedSet, Fader
 from src.data.sources import Source, hash_of
 from src.data.store import DroppedRow, Shard, SourceStats
 from src.errors import DataError
@@ -97,9 +97,14 @@ class StreamedSet:
     """
 
     def __init__(
-        self, name: str, sources: Sequence[StreamSource], num_workers: int, max_dropped_fraction: float
+        self,
+        name: str,
+        sources: Sequence[StreamSource],
+        num_workers: int,
+        max_dropped_fraction: float,
+        fader: Fader | None = None,
     ) -> None:
-        self.name, self._sources, self._num_workers = name, sources, num_workers
+        self.name, self._sources, self._num_workers, self._fader = name, sources, num_workers, fader
         self._max_dropped_fraction = max_dropped_fraction
         self.account = StreamAccount()  # of all epochs that were read, also by the runs that this one resumes
 
@@ -111,7 +116,7 @@ class StreamedSet:
     def digest(self) -> str:
         """Return a hash of the sources and settings of the rows, 32 hex digits."""
         each = [(s.source.identity(), s.config.settings(), s.share, s.count) for s in self._sources]
-        return hash_of(each)[:32]
+        return hash_of(each, *([] if self._fader is None else [self._fader.settings()]))[:32]
 
     def start(self) -> dict[str, Any]:
         """Return the cursor of the next epoch's start, in plain JSON values."""
@@ -158,7 +163,8 @@ class StreamedSet:
     def _block(self, shards: list[Shard], begin: dict[str, Any], cursor: Cursor) -> Block:
         self._check_dropped(cursor)
         cursor.num_blocks += 1
-        return Block(cursor.num_blocks - 1, begin, EncodedSet(self.name, shards, is_weighted=True))
+        rows = EncodedSet(self.name, shards, is_weighted=True, fader=self._fader)
+        return Block(cursor.num_blocks - 1, begin, rows)
 
     def _check_dropped(self, cursor: Cursor) -> None:
         read, dropped = cursor.num_records, cursor.num_dropped

@@ -1,5 +1,6 @@
 """What preflight prints: model, tokens, sets, rows, forecasts and findings."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from src.model.embeddings import InitialisedRows, num_embedding_rows
 from src.tokens import ConfiguredTokens
 from src.tracking.console import Console
 from src.tracking.live import clock
-from src.util import human_bytes
+from src.util import human_bytes, plural
 
 MOST_NAMED = 6  # source tokens of a row that are named one by one
 COLOURS = {Level.error: "1;31", Level.warning: "33", Level.note: "2"}
@@ -109,6 +110,26 @@ def show_rows(console: Console, train: EncodedSet, data: Data, count: int, paint
     for i in range(min(count, len(train))):
         console.say(f"  {paint(Paint.BOLD, train.place(i))}", is_painted=True)
         for line in painted_row(train, i, data.encoder, data.stop_ids, paint).split("\n"):
+            console.say(f"    {line}", is_painted=True)
+
+
+def show_fading(console: Console, config: RunConfig, data: Data, num_epochs: int, paint: Paint) -> None:
+    """Show the first row with thoughts as the first, the middle and the last epoch feed it, and the first epoch of a
+    schedule in which it has none.
+    """
+    train, schedule = data.train.first, config.data.thought_schedule
+    found = ((i, text) for i in range(len(train) if train.varies else 0) if (text := train.fading(i)) is not None)
+    index, text = next(found, (0, None))
+    if text is None:
+        return
+    epochs = {0, num_epochs // 2, num_epochs - 1}
+    if schedule is not None:
+        epochs.add(max(1, math.ceil(max(text.lengths) / schedule.tokens_per_epoch)))
+    console.label("fading", f"{train.place(index)}, by epoch, counted from 0")
+    for epoch in sorted(epochs):
+        rest = "" if epoch < num_epochs else f" (the run ends after {plural(num_epochs, 'epoch')})"
+        console.say(f"  {paint(Paint.BOLD, f'epoch {epoch}')}{rest}", is_painted=True)
+        for line in painted_row(train.in_epoch(epoch), index, data.encoder, data.stop_ids, paint).split("\n"):
             console.say(f"    {line}", is_painted=True)
 
 

@@ -16,7 +16,15 @@ from src.errors import TowlineError
 from src.evaluation.generate import check_prompts
 from src.inspection.drawing import Paint, draw_lengths
 from src.inspection.findings import about_initialised_rows, answer_scorer, findings, prove
-from src.inspection.pages import show_findings, show_forecasts, show_model, show_rows, show_sets, show_tokens
+from src.inspection.pages import (
+    show_fading,
+    show_findings,
+    show_forecasts,
+    show_model,
+    show_rows,
+    show_sets,
+    show_tokens,
+)
 from src.inspection.run_forecast import about_disk, device_of, forecast_run
 from src.model.build import check_adapter_of, check_lengths, empty_model
 from src.model.embeddings import resize_and_initialise
@@ -63,6 +71,7 @@ def inspect_run(job: Job, console: Console, libraries_bytes: int) -> int:
             advance()
     new_ids = list(initialised.ids.values())
     forecast = forecast_run(config, model, tokenizer, new_ids, data, job.run_dir, held, console, measure=own.measure)
+    show_fading(console, config, data, forecast.work.num_epochs, paint)
     show_forecasts(console, config, forecast)
     found = [
         *findings(config, data, tokenizer, train, proofs, forecast.work.num_steps),

@@ -1,16 +1,17 @@
 """What a run computes: the shapes of its micro-batches, evaluations and generated texts, and how many of each."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 from src.config.schema import Batching, RunConfig
-from src.data.batching import BatchSampler, Sequences, steps_per_epoch
+from src.data.batching import BatchSampler, Sequences
 from src.data.dataset import Data
 from src.data.sets import EncodedSet
 from src.forecast.counting import MicroBatchShape
-from src.training.state import build_batch_sampler, num_train_steps
+from src.training.state import build_batch_sampler, plan_steps
 from src.training.work_ahead import num_times
 
 
@@ -39,7 +40,7 @@ class Workload:
 
     batch_sampler: BatchSampler
     num_steps: int
-    num_steps_per_epoch: int | None  # none where the train set is streamed
+    num_steps_per_epoch: int | None  # none where the train set is streamed, or its epochs differ
     train: EncodedSet  # the train set, or the first block of one that is streamed
     micro_batches: list[Sequences]  # the micro-batches of the first epoch
     shapes: list[MicroBatchShape]  # the shapes of these micro-batches
@@ -50,6 +51,13 @@ class Workload:
     def widest(self) -> MicroBatchShape:
         """The shape of the micro-batch that holds most."""
         return widest_of(self.shapes)
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs that the run begins, if all are as long as the first one; in a stream, as its first block."""
+        return math.ceil(
+            self.num_steps / math.ceil(len(self.micro_batches) / self.batch_sampler.micro_batches_per_step)
+        )
 
     @property
     def num_micro_batches(self) -> int:
@@ -72,8 +80,7 @@ def plan_work(config: RunConfig, data: Data) -> Workload:
     """Return what a run computes, from its first epoch's micro-batches and from the sets that are evaluated."""
     train, settings = data.train.first, config.evaluation
     batch_sampler = build_batch_sampler(config, config.runtime.world_size)
-    per_epoch = None if config.data.streaming else steps_per_epoch(train, batch_sampler, config.seed)
-    num_steps = num_train_steps(config.training, per_epoch)
+    num_steps, per_epoch = plan_steps(config, data.train, batch_sampler)
     micro_batches = batch_sampler.micro_batches(train.lengths, [config.seed, 0])
     shapes = shapes_of(train, micro_batches, is_packed=config.data.batching is Batching.packed)
     times = num_times(settings.eval_steps, num_steps, per_epoch)

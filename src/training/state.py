@@ -119,7 +119,7 @@ class TrainState:
     batch_sampler: BatchSampler
     is_padding_free: bool  # whether packed rows go into one sequence without padding, as FlashAttention takes them
     num_steps: int
-    steps_per_epoch: int | None  # none where the train set is streamed, whose length is not known
+    steps_per_epoch: int | None  # none where epochs differ, or the train set is streamed, whose length is not known
     uses_full_logits: bool
     token_monitor: TokenMonitor  # of the configuration's tokens
     step: int = 0
@@ -273,6 +273,37 @@ def build_batch_sampler(config: RunConfig, num_processes: int = 1) -> BatchSampl
     )
 
 
+def plan_steps(
+    config: RunConfig, train: TrainSet, sampler: BatchSampler, step: int = 0, begin: Position | None = None
+) -> tuple[int, int | None]:
+    """Return the number of steps of the whole run, which resumes after a step, and that of an epoch, if all are alike.
+
+    Epochs differ where rows that are packed do.
+    """
+    begin = begin or Position()
+    if not isinstance(train, EncodedSet):
+        return num_train_steps(config.training, None), None
+    if train.varies and config.data.batching is Batching.packed:
+        if config.training.max_train_steps:
+            return config.training.max_train_steps, None
+        return _steps_of_epochs(config, train, sampler, step, begin), None
+    per_epoch = steps_per_epoch(train, sampler, config.seed)
+    left = steps_per_epoch(train, sampler, config.seed, begin.num_sequences)
+    return num_train_steps(config.training, per_epoch, step, begin.epoch, left), per_epoch
+
+
+def _steps_of_epochs(config: RunConfig, train: EncodedSet, sampler: BatchSampler, step: int, begin: Position) -> int:
+    """Return the number of steps of the whole run, where each epoch has its own."""
+    epochs = config.training.num_train_epochs
+    for epoch in range(begin.epoch, math.ceil(epochs)):
+        num_taken = begin.num_sequences if epoch == begin.epoch else 0
+        share = min(1.0, epochs - epoch)
+        whole = steps_per_epoch(train, sampler, config.seed, epoch=epoch)
+        left = steps_per_epoch(train, sampler, config.seed, num_taken, epoch)
+        step += max(0, left - math.floor((1 - share) * whole))
+    return max(1, step)
+
+
 def num_train_steps(
     config: TrainingConfig, per_epoch: int | None, step: int = 0, epoch: int = 0, left_of_epoch: int | None = None
 ) -> int:
@@ -308,12 +339,8 @@ def build_train_state(
         step, position: after which step the run resumes, and where in its rows; all else is restored later.
     """
     batch_sampler = build_batch_sampler(config, runtime.num_processes)
-    per_epoch = left = None
     begin = Position() if position is None else Position(**position)
-    if isinstance(train, EncodedSet):
-        per_epoch = steps_per_epoch(train, batch_sampler, config.seed)
-        left = steps_per_epoch(train, batch_sampler, config.seed, begin.num_sequences)
-    num_steps = num_train_steps(config.training, per_epoch, step or 0, begin.epoch, left)
+    num_steps, per_epoch = plan_steps(config, train, batch_sampler, step or 0, begin)
     if runtime.scales_gradients and any(p.dtype != torch.float32 for p in model.parameters() if p.requires_grad):
         raise ModelError("fp16 mixed precision scales gradients of float32 weights only: model.dtype=float32")
     if config.model.gradient_checkpointing:

@@ -116,6 +116,17 @@ def thought_weight_has_thoughts(
             yield Problem(f"loss.{key}", "no thoughts are written: see tokens and data.thoughts", getattr(loss, key))
 
 
+@applies_to("run")
+def fading_has_thoughts(tokens: schema.TokensConfig, data: schema.DataConfig) -> Problems:
+    if schema.thought_tags(data, tokens) is not None:
+        return
+    reason = "no thoughts are written: see tokens and data.thoughts"
+    if data.thought_dropout:
+        yield Problem("data.thought_dropout", reason, data.thought_dropout)
+    if data.thought_schedule is not None:
+        yield Problem("data.thought_schedule", reason, has_value=False)
+
+
 @applies_to("run", *GENERATING)
 def thoughts_that_are_generated_have_tags(
     generation: schema.GenerationConfig, tokens: schema.TokensConfig, data: schema.DataConfig

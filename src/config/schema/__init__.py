@@ -14,7 +14,17 @@ from omegaconf import MISSING
 
 from src.config.schema.adapter import AdapterConfig, LoraBias, LoraConfig, NoAdapterConfig, TokensOnlyConfig
 from src.config.schema.checks import MOST_INT, Check, Keys
-from src.config.schema.data import PLACEHOLDER, Batching, DataConfig, Overflow, SourceConfig, SupervisedTurns, Thoughts
+from src.config.schema.data import (
+    PLACEHOLDER,
+    Batching,
+    DataConfig,
+    Overflow,
+    Side,
+    SourceConfig,
+    SupervisedTurns,
+    Thoughts,
+    ThoughtSchedule,
+)
 from src.config.schema.deepspeed import WIDTH_SIZES, DeepSpeedConfig, NoDeepSpeedConfig, ZeroConfig, ZeroFileConfig
 from src.config.schema.entries import (
     ENTRY_SECTIONS,

@@ -17,6 +17,7 @@ SupervisedTurns = StrEnum("SupervisedTurns", "all last")
 Thoughts = StrEnum("Thoughts", "keep drop")
 Overflow = StrEnum("Overflow", "truncate truncate_prompt drop error")
 Batching = StrEnum("Batching", "padded length_grouped packed")
+Side = StrEnum("Side", "left right")
 
 
 def _is_named(value: Any, holds: Callable[[Any], bool]) -> bool:
@@ -33,6 +34,7 @@ SOURCES = Check(
     "a mapping from a source's name to its keys",
     lambda v: v is None or _is_named(v, lambda source: isinstance(source, dict)),
 )
+SCHEDULE = Check("a mapping of tokens_per_epoch, side and smoothing", lambda v: v is None or isinstance(v, dict))
 OTHER_ORDER = "the rows come in another order"
 _selection_key = partial(key, resume=BY_OUTCOME, shapes_rows=False)
 """Declares a key that decides which rows there are or how they are used, but not how a row is encoded."""
@@ -44,6 +46,17 @@ def is_packed(config: DottedConfig) -> bool:
 
 def is_grouped_by_length(config: DottedConfig) -> bool:
     return config.get("data.batching") == Batching.length_grouped.name
+
+
+@dataclass
+class ThoughtSchedule:
+    """How thoughts shrink: in epoch e, from 0, each lacks its first (or last) e x tokens_per_epoch tokens, and more at
+    random: `smoothing` is the chance of each further one.
+    """
+
+    tokens_per_epoch: int = key(AT_LEAST_ONE)
+    side: Side = key(default=Side.left)
+    smoothing: float = key(checks.BELOW_ONE, 0.0)
 
 
 @dataclass
@@ -90,6 +103,8 @@ class DataConfig:
     fold: int | None = _selection_key(checks.COUNT)
     group_column: str | None = _selection_key()
     weight_column: str | None = key(default=None, resume=BY_OUTCOME, per_source=True)
+    thought_dropout: float = _selection_key(checks.FRACTION, 0.0)
+    thought_schedule: Any = _selection_key(SCHEDULE, None, form="ThoughtSchedule")
 
     def train_sources(self) -> dict[str, "TrainSource"]:
         """Return the sources of the train set by name: those of the mixture, or a single one called train."""

@@ -46,6 +46,7 @@ class KeyInfo:
 
     check: Check | None = None
     each: str | None = None  # the dataclass of the values of a mapping
+    form: str | None = None  # the dataclass that a mapping becomes
     inner: Keys | None = None  # the keys that a mapping of another library may have
     text: str = ""  # what the key means, where it has no line in conf/ that says so
     resume: Impact | ImpactRule = Impact.trajectory  # what a change means for a run that resumes

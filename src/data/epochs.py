@@ -1,0 +1,141 @@
+"""The rows of an epoch, where thoughts fade: the same rows in the same order, encoded again without what is gone."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from src.config.schema import Overflow, RunConfig, Side
+from src.data.chat import ChatTemplate
+from src.data.encoding import EncodedRow, Encoder, Lengths
+from src.data.examples import Rewriter
+from src.data.fading import Fading
+from src.data.formats import BadRow
+from src.data.sets import EncodedSet, LabelledRow, labels_of
+from src.data.store import FadingText
+from src.errors import DataError, TokenError
+
+ROWS_AT_ONCE = 250  # that are encoded to know their lengths
+
+
+class Faded(NamedTuple):
+    """A row that an epoch changes, and how many ids of each of its thoughts are gone; None: all, and the tags."""
+
+    row: int
+    text: FadingText
+    gone: list[int | None]
+
+
+class ThoughtFader:
+    """Fades the thoughts of rows.
+
+    A row is encoded of the text that is left, then thoughts shrink, then it is cut. One that is as it was is not
+    encoded again.
+    """
+
+    def __init__(
+        self,
+        fading: Fading,
+        encoder: Encoder,
+        rewriter: Rewriter,
+        lengths: Lengths,
+        show_progress: Callable[[str], None],
+    ) -> None:
+        self._fading, self._encoder, self._rewriter, self.show_progress = fading, encoder, rewriter, show_progress
+        overflow = lengths.overflow if lengths.overflow is Overflow.truncate_prompt else Overflow.truncate
+        self._lengths = replace(
+            lengths, overflow=overflow
+        )  # rows that are too long with all thoughts are dropped already
+        self._sign = 1 if fading.side is Side.left else -1
+
+    def settings(self) -> str:
+        return repr((self._fading.dropout, self._fading.schedule))
+
+    def in_epoch(self, rows: EncodedSet, epoch: int) -> EncodedSet:
+        return EpochRows(rows, self, epoch)
+
+    def changed(self, rows: EncodedSet, indices: Iterable[int], epoch: int) -> list[Faded]:
+        """Return those of some rows that an epoch changes."""
+        found = []
+        for index in indices:
+            if (text := rows.fading(index)) is not None:
+                gone = self._fading.gone(text.lengths, epoch, _identity(rows, index))
+                if any(count is None or count for count in gone):
+                    found.append(Faded(index, text, gone))
+        return found
+
+    def encode(self, rows: EncodedSet, changed: Iterable[Faded]) -> list[EncodedRow]:
+        """Encode rows without what is gone; DataError names one that can't be."""
+        examples, shrunk = [], []
+        for index, text, gone in changed:
+            left_out = {i for i, count in enumerate(gone) if count is None}
+            try:
+                examples.append(self._rewriter.without(left_out, rows.prompt(index), rows.completion(index), text.chat))
+            except (BadRow, TokenError) as problem:
+                raise DataError(
+                    f"{rows.place(index)}  can't be used without some of its thoughts: {problem}"
+                ) from problem
+            shrunk.append([self._sign * count for count in gone if count is not None])
+        return [row for row in self._encoder.encode(examples, self._lengths, shrunk) if row is not None]
+
+
+def fader_of(
+    config: RunConfig,
+    encoder: Encoder,
+    template: ChatTemplate | None,
+    lengths: Lengths,
+    show_progress: Callable[[str], None],
+) -> ThoughtFader | None:
+    """Return what fades the thoughts of a train set; None where they stay as they are."""
+    fading, tags = Fading.of(config), config.thought_tags
+    if fading is None or tags is None:
+        return None
+    return ThoughtFader(fading, encoder, Rewriter(tags, template), lengths, show_progress)
+
+
+class EpochRows(EncodedSet):
+    """The rows of a set as an epoch feeds them. Only what is asked for is encoded, and nothing of it is kept."""
+
+    def __init__(self, rows: EncodedSet, fader: ThoughtFader, epoch: int) -> None:
+        super().__init__(rows.name, rows.shards, rows.indices, is_weighted=rows.is_weighted)
+        self._whole, self._thoughts, self._epoch = rows, fader, epoch
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        lengths = self._whole.lengths.copy()
+        for start in range(0, len(self), ROWS_AT_ONCE):
+            stop = min(start + ROWS_AT_ONCE, len(self))
+            changed = self._thoughts.changed(self, range(start, stop), self._epoch)
+            for faded, row in zip(changed, self._thoughts.encode(self, changed), strict=True):
+                lengths[faded.row] = len(row.input_ids)
+            self._thoughts.show_progress(f"{self.name}: {stop:,} rows of epoch {self._epoch} (from 0) measured")
+        return lengths
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return self._whole.is_encoder_decoder
+
+    def __getitem__(self, index: int) -> LabelledRow:
+        row, changed = super().__getitem__(index), self._thoughts.changed(self, [index], self._epoch)
+        return _relabelled(row, *self._thoughts.encode(self, changed)) if changed else row
+
+
+def _relabelled(row: LabelledRow, encoded: EncodedRow) -> LabelledRow:
+    """Return a row as it is encoded now."""
+    ids = np.array(encoded.input_ids, dtype=np.int32)
+    targets = None if encoded.target_ids is None else np.array(encoded.target_ids, dtype=np.int32)
+    spans = np.array(encoded.spans if row.weight else [], dtype=np.int32).reshape(-1, 3)
+    labels = labels_of(ids if targets is None else targets, spans)
+    return replace(row, input_ids=ids, labels=labels, target_ids=targets, spans=spans)
+
+
+def _identity(rows: EncodedSet, index: int) -> tuple[int, int]:
+    """Return whole numbers that identify a row wherever it is: its place in its source, and a hash of its whole ids."""
+    shard, row = rows.indices[index].tolist()
+    batch, i = rows.shards[shard].locate(row)
+    digest = hashlib.blake2b(batch.input_ids[slice(*batch.input_offsets[i : i + 2])].tobytes(), digest_size=8)
+    digest.update(batch.target_ids[slice(*batch.target_offsets[i : i + 2])].tobytes())
+    return int(rows.shards[shard].ordinals[row]), int.from_bytes(digest.digest())
