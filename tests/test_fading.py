@@ -226,6 +226,17 @@ def test_a_row_is_cut_after_its_thoughts_have_shrunk() -> None:
     assert contents(rows.in_epoch(2)) == contents(whole.in_epoch(2))
 
 
+def test_a_row_of_weight_0_fades_and_stays_unlearned(tmp_path: Path) -> None:
+    rows = [{"prompt": "1", "completion": "<ToW>abcde</ToW>2", "weight": weight} for weight in (1, 0)]
+    file = write_lines(tmp_path / "rows.jsonl", rows)
+    fades = ["data.thought_schedule={tokens_per_epoch: 3}", "data.weight_column=weight"]
+    train = trained_on("data=prompt_completion", f"data.train_files=['{file}']", "tokens=tow", *fades)
+    for epoch in range(3):
+        learned, fed = (train.in_epoch(epoch)[i] for i in range(2))
+        assert fed.input_ids.tolist() == learned.input_ids.tolist()
+        assert (fed.weight, set(fed.labels.tolist())) == (0, {IGNORE_INDEX})
+
+
 def test_a_row_whose_thoughts_cannot_be_told_apart_stops_the_run_before_it_trains(tmp_path: Path) -> None:
     nested = {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "<ToW>2</ToW> 3"}]}
     file = write_lines(tmp_path / "rows.jsonl", [nested])

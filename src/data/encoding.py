@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from src.config.schema import Overflow
 from src.data.examples import Example
 from src.data.text_encoder import PROBE, TextEncoder, last_turn, tokenizer_errors
 from src.errors import TokenError
 
+Span = tuple[int, int, int]
+"""The kind of supervised ids that follow one another, and where they are: [start, stop)."""
+Cut = tuple[int, int]
+"""Ids that are taken out: [start, stop)."""
 Gone = Sequence[int]
 """How many ids are taken out of each supervised, closed thought of a row: from its left, negative from its right."""
 IGNORE_INDEX = -100  # label of a position that is not supervised
@@ -50,7 +52,7 @@ class EncodedRow:
 
     input_ids: list[int]
     target_ids: list[int] | None
-    spans: list[tuple[int, int, int]]
+    spans: list[Span]
     prompt_length: int
     is_truncated: bool
     num_control_tokens: int
@@ -94,24 +96,12 @@ class Encoder(TextEncoder):
         return [join(example, ids, n, lengths, its_gone) for example, (ids, n), its_gone in each]
 
     def thought_lengths(self, examples: Sequence[Example], *, is_causal: bool) -> list[list[int]]:
-        """Return the number of ids between the tags of each supervised thought, of rows that are not cut."""
-        assert self.tag_ids is not None
-        unlimited = Lengths(sys.maxsize, None if is_causal else sys.maxsize, Overflow.error)
+        """Return the number of ids between the tags of each supervised, closed thought, of rows that are not cut."""
         found = []
-        for row in self.encode(examples, unlimited):
+        for row in self.encode(examples, Lengths(sys.maxsize, None if is_causal else sys.maxsize, Overflow.error)):
             assert row is not None
-            ids = row.input_ids if row.target_ids is None else row.target_ids
-            thoughts = [(start, stop) for kind, start, stop in row.spans if kind == THOUGHT]
-            starts = [
-                start - (ids[start] != self.tag_ids[0]) for start, _ in thoughts
-            ]  # the very first id has no label
-            found.append(
-                [
-                    stop - start - 2
-                    for start, (_, stop) in zip(starts, thoughts, strict=True)
-                    if self._is_closed(ids, stop)
-                ]
-            )
+            inner = self._between_tags(row.input_ids if row.target_ids is None else row.target_ids, row.spans)
+            found.append([stop - start for start, stop in inner])
         return found
 
     def _causal_row(
@@ -135,9 +125,9 @@ class Encoder(TextEncoder):
             ids.append(self.eos_token_id)
             supervised[-1] = (supervised[-1][0], len(ids))
         if any(gone):
-            ids, moved = self._shrunk(ids, supervised, gone)
-            supervised = [(moved[start], moved[stop]) for start, stop in supervised]
-            prompt_length = moved[prompt_length]
+            cuts = self.cuts(ids, self._spans(ids, supervised), gone)
+            ids, prompt_length = without(ids, cuts), moved(prompt_length, cuts)
+            supervised = [(moved(start, cuts), moved(stop, cuts)) for start, stop in supervised]
         excess = len(ids) - lengths.sequence
         if excess > 0:
             if lengths.overflow in (Overflow.drop, Overflow.error):
@@ -167,7 +157,8 @@ class Encoder(TextEncoder):
         if example.segments[0].is_rendered and self._prefix and prompt[: len(self._prefix)] == self._prefix:
             prompt = prompt[len(self._prefix) :]  # written by the chat template already
         if any(gone):
-            target, _ = self._shrunk(target, [(len(self.target_prefix), len(target))], gone)
+            spans = self._spans(target, [(len(self.target_prefix), len(target))])
+            target = without(target, self.cuts(target, spans, gone))
         room = lengths.sequence - len(self._prefix) - len(self._suffix)
         excess = len(prompt) - room
         is_long = excess > 0 or len(target) > lengths.target
@@ -181,26 +172,21 @@ class Encoder(TextEncoder):
         spans = self._spans(target, [(len(self.target_prefix), len(target))]) if stop > first else []
         return EncodedRow(input_ids, target, spans, len(input_ids), is_long, num_control)
 
-    def _shrunk(self, ids: list[int], supervised: list[tuple[int, int]], gone: Gone) -> tuple[list[int], list[int]]:
-        """Take ids out of the supervised thoughts; return the others, and where each position is now."""
-        thoughts = [
-            (start + 1, stop - 1)
-            for kind, start, stop in self._spans(ids, supervised)
-            if kind == THOUGHT and self._is_closed(ids, stop)
-        ]
-        is_gone = set[int]()
-        for (start, stop), count in zip(thoughts, gone, strict=True):
-            is_gone.update(range(start, start + count) if count > 0 else range(stop + count, stop))
-        kept = [i for i in range(len(ids)) if i not in is_gone]
-        moved = np.cumsum([0, *(i not in is_gone for i in range(len(ids)))]).tolist()
-        return [ids[i] for i in kept], moved
+    def cuts(self, ids: Sequence[int], spans: Sequence[Span], gone: Gone) -> list[Cut]:
+        """Return what is gone of the thoughts of a row (of an encoder-decoder's target) that has them whole."""
+        each = zip(self._between_tags(ids, spans), gone, strict=True)
+        return [(start, start + count) if count > 0 else (stop + count, stop) for (start, stop), count in each]
 
-    def _is_closed(self, ids: list[int], stop: int) -> bool:
-        """Return whether a thought that ends there is closed, and not cut or left open."""
+    def _between_tags(self, ids: Sequence[int], spans: Sequence[Span]) -> list[tuple[int, int]]:
+        """Return [start, stop) between the tags of each thought that is closed; one at the very first id lacks its
+        opening tag in its span.
+        """
         assert self.tag_ids is not None
-        return ids[stop - 1] == self.tag_ids[1]
+        opened, closed = self.tag_ids
+        thoughts = [(start, stop) for kind, start, stop in spans if kind == THOUGHT and ids[stop - 1] == closed]
+        return [(start + (ids[start] == opened), stop - 1) for start, stop in thoughts]
 
-    def _spans(self, ids: list[int], supervised: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    def _spans(self, ids: list[int], supervised: list[tuple[int, int]]) -> list[Span]:
         """Split the supervised parts into thoughts, from tag to tag, and answers."""
         if self.tag_ids is None:
             return [(ANSWER, start, stop) for start, stop in supervised if stop > start]
@@ -216,6 +202,19 @@ class Encoder(TextEncoder):
                 start = min(stop, _find(ids, close_id, opened, stop) + 1)
                 spans.append((THOUGHT, opened, start))
         return spans
+
+
+def without(ids: list[int], cuts: Sequence[Cut]) -> list[int]:
+    """Return ids without those that are cut out."""
+    kept = list(ids)
+    for start, stop in reversed(cuts):
+        del kept[start:stop]
+    return kept
+
+
+def moved(position: int, cuts: Sequence[Cut]) -> int:
+    """Return where a position is once the cuts are made."""
+    return position - sum(max(0, min(position, stop) - start) for start, stop in cuts)
 
 
 def _find(ids: list[int], wanted: int, start: int, stop: int) -> int:

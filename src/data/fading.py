@@ -42,13 +42,14 @@ class Fading:
             epoch: counted from 0.
             row: whole numbers that identify the row wherever it is.
         """
-        count, rng = len(lengths), np.random.default_rng([self.seed, epoch, *row])
-        is_left_out = (rng.random(count) < self.dropout).tolist()
-        offsets = [0] * count
-        if self.schedule is not None:
-            further = rng.geometric(1 - self.schedule.smoothing, count) - 1
-            offsets = (epoch * self.schedule.tokens_per_epoch + further).tolist()
+        count, planned = len(lengths), 0 if self.schedule is None else epoch * self.schedule.tokens_per_epoch
+        smoothing = 0.0 if self.schedule is None else self.schedule.smoothing
+        is_left_out, further = [False] * count, [0] * count
+        if self.dropout or smoothing:
+            rng = np.random.default_rng([self.seed, epoch, *row])
+            is_left_out = (rng.random(count) < self.dropout).tolist()
+            further = (rng.geometric(1 - smoothing, count) - 1).tolist()
         return [
-            None if is_out or 0 < offset >= length else offset
-            for length, offset, is_out in zip(lengths, offsets, is_left_out, strict=True)
+            None if is_out or 0 < planned + more >= length else planned + more
+            for length, more, is_out in zip(lengths, further, is_left_out, strict=True)
         ]

@@ -30,6 +30,7 @@ from src.data.store import DroppedRow, Encoded, FadingText, to_batch
 from src.data.text_encoder import BrokenTokenizerError
 from src.errors import DataError, TokenError
 from src.patterns import at
+from src.util import plural
 
 CHUNK_ROWS = 250  # rows encoded at once by a thread: what they take fits into a core's cache
 CHUNK_BYTES = 2**20  # of their fields, or one row that is larger
@@ -156,7 +157,7 @@ class RowEncoder:
         for (ordinal, record, example, _), its_lengths in zip(thinking, lengths, strict=True):
             num_thoughts = rewriter.num_thoughts(example)
             if num_thoughts != len(its_lengths):
-                reason = f"its text has {num_thoughts} thoughts, and {len(its_lengths)} of them are supervised"
+                reason = f"{plural(num_thoughts, 'thought')} in its text, {len(its_lengths)} in what is supervised"
                 bad.append((record.place, f"its thoughts can't be left out one by one: {reason}"))
                 continue
             try:
