@@ -27,7 +27,8 @@ THOUGHT_LOSSES = ("thought_loss", "answer_loss", *PART_LOSSES)
 """Losses of thoughts (tags included) and of all else, and of parts of these: where there are thoughts."""
 LOSSES = ("loss", "perplexity", *THOUGHT_LOSSES)
 """Values of every evaluation that need no generated text; the lower, the better."""
-
+THOUGHTS = ("thoughts_per_row", "thoughts_opened", "thoughts_closed", "thought_tokens")
+"""Values of generated texts of a run with thought tags, see evaluation.thought_counts; neither direction is better."""
 
 Function = Callable[..., float]
 
@@ -87,12 +88,17 @@ def metric(
         needs = tuple(inspect.signature(compute).parameters)
         if unknown := [need for need in needs if need not in CAN_NEED]:
             raise ValueError(f"the metric {name} takes {', '.join(unknown)}; it can take {', '.join(CAN_NEED)}")
-        if name in LOSSES:
+        if name in (*LOSSES, *THOUGHTS):
             raise ValueError(f"every evaluation has a {name} of its own")
         METRICS[name] = Metric(compute, needs, greater_is_better, full_marks, can_score, min_samples)
         return compute
 
     return register
+
+
+def has_direction(name: str) -> bool:
+    """Return whether a value of metrics.jsonl is better when it is higher, or when it is lower."""
+    return name.rpartition("/")[2] not in THOUGHTS
 
 
 def greater_is_better(name: str) -> bool:
@@ -103,7 +109,7 @@ def greater_is_better(name: str) -> bool:
 
 def is_detail(name: str) -> bool:
     """Return whether a value of metrics.jsonl is for files and figures, and would fill a terminal."""
-    return name.rpartition("/")[2] in PART_LOSSES
+    return name.rpartition("/")[2] in (*PART_LOSSES, *THOUGHTS)
 
 
 def compute_metrics(

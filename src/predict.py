@@ -6,7 +6,7 @@ predict.output=DIR. force=true starts the sets named here anew.
 
 Prompts are exactly those of training, made of all rows of data.test_files (a list, or name: list; where none are given
 the run's own), unless data.limit is given here.
-- A row needs no answer: where it is missing or empty the reference is null, and its set gets no metrics.
+- A row needs no answer: where it is missing or empty the reference is null, and its answers are not scored.
 - Of a chat the assistant's last message is predicted; a chat may also end with the user.
 - An answer takes no room: a row is too long where its prompt alone fills data.max_seq_length. Then its start is cut
   (data.overflow=truncate, truncate_prompt), or the row is left out (drop) or refused (error), and a message says so.

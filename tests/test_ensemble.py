@@ -29,6 +29,7 @@ from src.data.trained import RowHashes, SeenRows
 from src.errors import ConfigError, ModelError
 from src.evaluation.answers import Completion
 from src.evaluation.generate import Generator
+from src.metrics import THOUGHTS
 from src.runtime.session import Runtime
 from src.runtime.signals import StopRequest
 from src.sweep.ensembles import read_ensembles
@@ -408,11 +409,12 @@ def test_the_consensus_is_of_all_samples(said: Command, sweep: Path, tmp_path: P
     said(runs(sweep, 2), *given, *drawn, f"ensemble.output={tmp_path}")
     of_member = {line["row"]: line["samples"] for line in read_lines(tmp_path / "members" / "1" / "test.jsonl")}
     lines = read_lines(tmp_path / "predictions" / "test.jsonl")
-    assert all(
-        {key: line[key] for key in ("text", "answer", "stop_reason")} in of_member[line["row"]] for line in lines
-    )
+    keys = ("text", "answer", "stop_reason", "thoughts")
+    assert all({key: line[key] for key in keys} in of_member[line["row"]] for line in lines)
     assert any(line["text"] != of_member[line["row"]][0]["text"] for line in lines)
-    assert json.loads((tmp_path / "ensemble.json").read_text())["scores"].keys() == {"eval/test/rougeL"}
+    assert json.loads((tmp_path / "ensemble.json").read_text())["scores"].keys() == {
+        f"eval/test/{name}" for name in ("rougeL", *THOUGHTS)
+    }
 
 
 def test_equal_models_generate_together_what_one_does(said: Command, sweep: Path, tmp_path: Path) -> None:

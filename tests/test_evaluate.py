@@ -148,6 +148,9 @@ def test_each_view_is_what_plain_transformers_computes(run: Path) -> None:
 
 def test_what_thoughts_are_worth_is_compared(run: Path) -> None:
     content = json.loads((run / "evaluations" / "evaluation.json").read_text())
+    own = [thought for line in read_lines(run / "evaluations/validation/own_thoughts.jsonl") for thought in line["ids"]]
+    mean = sum(len(thought) - 2 for thought in own) / len(own)
+    assert content["metrics"]["evaluate/validation/own/thought_tokens"] == pytest.approx(mean)
     found = {(one["view"], one["baseline"]): one for one in content["comparisons"]["validation"]}
     pairs = [("gold", "none"), ("shuffled", "none"), ("own", "none"), ("shuffled", "gold"), ("own", "gold")]
     assert list(found) == pairs

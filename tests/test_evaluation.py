@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +22,7 @@ from src.errors import DataError, Interrupted, ModelError, NonFiniteLossError
 from src.evaluation.evaluate import Evaluator, open_evaluator
 from src.evaluation.generate import cut_at
 from src.evaluation.samples import sample
-from src.metrics import LOSSES, answer, compute_metrics, exact_match, greater_is_better, perplexity
+from src.metrics import LOSSES, THOUGHTS, answer, compute_metrics, exact_match, greater_is_better, perplexity
 from src.model.build import build_model, set_generation
 from src.model.embeddings import resize_and_initialise
 from src.model.export import export
@@ -124,6 +125,31 @@ def test_the_loss_is_weighted_by_tokens_not_by_batches(runtime: Runtime) -> None
     assert set(results[0]) == {f"eval/validation/{name}" for name in LOSSES}
     for result in results[1:]:
         assert result["eval/validation/loss"] == pytest.approx(results[0]["eval/validation/loss"], rel=1e-6)
+
+
+def test_generated_thoughts_are_counted_whatever_the_batches(runtime: Runtime) -> None:
+    drawn = ["generation=sample", "generation.temperature=3.0", "generation.num_return_sequences=3"]
+    given = [*drawn, "evaluation.metrics=[pass_at_3]", "generation.max_new_tokens=6", "generation.thoughts=forced"]
+    results = []
+    for size in (2, 6):
+        one, data = evaluator(
+            runtime, *given, f"training.per_device_eval_batch_size={size}", "evaluation.max_samples=6"
+        )
+        results.append(one.evaluate(data.validation.values()))
+    (rows,) = data.validation.values()
+    opened, closed = data.encoder.tag_ids or (0, 0)
+    prompts = [rows.prompt_ids(i) for i in range(6)]
+    texts = [text.ids for row in one.generator.generate_samples(prompts, runtime.seed, count=3) for text in row]
+    signs = ["".join({opened: "<", closed: ">"}.get(token, "x") for token in ids) for ids in texts]
+    thoughts = [found for text in signs for found in re.findall("<([^>]*)(>?)", text)]
+    assert all(text[0] == "<" for text in signs)
+    for result in results:
+        assert [result[f"eval/validation/{name}"] for name in THOUGHTS] == [
+            len(thoughts) / len(texts),
+            1.0,
+            sum(end == ">" for _, end in thoughts) / len(thoughts),
+            sum(len(inner) for inner, _ in thoughts) / len(thoughts),
+        ]
 
 
 def test_max_samples_takes_the_first_rows(runtime: Runtime) -> None:

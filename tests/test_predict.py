@@ -32,6 +32,7 @@ from src.data.dataset import build_data, build_prompts
 from src.data.tokenizer import load_tokenizer
 from src.errors import ConfigError, DataError
 from src.evaluation import predicted_set
+from src.metrics import THOUGHTS
 from src.runtime.signals import StopRequest
 from src.tracking.lock import hold
 from tests.conftest import ROOT, ForkedCommand, admitted, write_config, write_lines
@@ -106,11 +107,15 @@ def test_a_line_is_what_plain_transformers_generates_for_the_row_alone(
         made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
         new = made[0, ids.shape[1] :].tolist()
         ended = tokenizer.eos_token_id in new
-        text = tokenizer.decode(new[: new.index(tokenizer.eos_token_id)] if ended else new)
+        new = new[: new.index(tokenizer.eos_token_id)] if ended else new
+        text = tokenizer.decode(new)
         assert (line["text"], line["stop_reason"]) == (text, "eos" if ended else "length")
         assert (line["prompt"], line["source"]) == (given[i]["prompt"], f"{rows}:{i + 1}")
         assert line["reference"] == given[i]["completion"].rpartition("</ToW>")[2]
         assert line["answer"] == strip_thoughts(text, ("<ToW>", "</ToW>"))
+        signs = "".join({"<ToW>": "<", "</ToW>": ">"}.get(one, "x") for one in tokenizer.convert_ids_to_tokens(new))
+        thoughts = re.findall("<([^>]*)(>?)", signs)
+        assert line["thoughts"] == [{"num_tokens": len(x), "is_closed": bool(end)} for x, end in thoughts]
     assert {line["stop_reason"] for line in lines} == {"eos", "length"}
     assert len({line["answer"] for line in lines}) > 5
 
@@ -124,13 +129,25 @@ def test_the_table_holds_the_same_and_the_metrics_compare_answers(said: Command,
     lines = read_jsonl(tmp_path / "out" / "test.jsonl")
     with open(tmp_path / "out" / "test.csv", encoding="utf-8", newline="") as file:
         table = list(csv.DictReader(file))
-    assert table == [{key: str(value) for key, value in line.items()} for line in lines]
+    assert table == [{key: str(value) for key, value in line.items() if key != "thoughts"} for line in lines]
     assert table[40]["prompt"] == 'she said "a, b"\n='
     assert table[41]["prompt"] == "line\u2028one\r\ntwo="
     hits = sum(line["answer"].strip() == line["reference"].strip() for line in lines)
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert metrics == {"eval/test/exact_match": hits / 43}
+    assert metrics == {"eval/test/exact_match": hits / 43} | counted([line["thoughts"] for line in lines])
     assert "eval/test/exact_match" in text
+
+
+def counted(texts: list[list[dict[str, Any]]]) -> dict[str, float]:
+    """Return the metrics of the thoughts in texts, of which at least one has a thought."""
+    thoughts = [thought for text in texts for thought in text]
+    num_texts, count = len(texts), len(thoughts)
+    return {
+        "eval/test/thoughts_per_row": count / num_texts,
+        "eval/test/thoughts_opened": sum(len(text) > 0 for text in texts) / num_texts,
+        "eval/test/thoughts_closed": sum(thought["is_closed"] for thought in thoughts) / count,
+        "eval/test/thought_tokens": sum(thought["num_tokens"] for thought in thoughts) / count,
+    }
 
 
 def whole(said: Command, folder: Path, *overrides: str) -> bytes:
@@ -172,15 +189,16 @@ def test_several_samples_of_a_row_are_in_its_line(said: Command, tmp_path: Path)
     metrics = ["exact_match", "pass_at_1", "pass_at_2", "pass_at_3", "majority"]
     several = [*drawn, "generation.num_return_sequences=3", f"evaluation.metrics={metrics}"]
     expected = whole(said, tmp_path / "out", *several)
-    lines = read_jsonl(tmp_path / "out" / "test.jsonl")
+    lines, thoughts = read_jsonl(tmp_path / "out" / "test.jsonl"), list[list[dict[str, Any]]]()
     for line, alone in zip(lines, read_jsonl(tmp_path / "first" / "test.jsonl"), strict=True):
         samples = line.pop("samples")
         assert (line, len(samples)) == (alone, 3)
-        assert samples[0] == {key: line[key] for key in ("text", "answer", "stop_reason")}
+        assert samples[0] == {key: line[key] for key in ("text", "answer", "stop_reason", "thoughts")}
+        thoughts += [one["thoughts"] for one in samples]
         line["right"] = sum(sample["answer"].strip() == line["reference"].strip() for sample in samples)
-    scores = {
-        name: json.loads((tmp_path / "out" / "metrics.json").read_text())[f"eval/test/{name}"] for name in metrics
-    }
+    written = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    scores = {name: written.pop(f"eval/test/{name}") for name in metrics}
+    assert written == counted(thoughts)
     for k in (1, 2, 3):
         chance = [1 - math.comb(3 - line["right"], k) / math.comb(3, k) for line in lines]
         assert scores[f"pass_at_{k}"] == pytest.approx(sum(chance) / 43, abs=1e-12)
@@ -198,9 +216,11 @@ def test_thoughts_are_written_as_the_command_says(said: Command, tmp_path: Path)
     assert not any("<ToW>" in line["text"] for line in read_jsonl(tmp_path / "none" / "test.jsonl"))
     forced = ["generation.thoughts=forced", "generation.max_thought_tokens=1"]
     whole(said, tmp_path / "forced", *forced)
+    assert all(line["thoughts"] == [] for line in read_jsonl(tmp_path / "none" / "test.jsonl"))
     for line in read_jsonl(tmp_path / "forced" / "test.jsonl"):
         assert re.match(r"<ToW>.{0,1}</ToW>", line["text"], re.DOTALL)
-        assert line["text"].count("<ToW>") == line["text"].count("</ToW>")
+        assert line["text"].count("<ToW>") == line["text"].count("</ToW>") == len(line["thoughts"])
+        assert all(thought["is_closed"] and thought["num_tokens"] <= 1 for thought in line["thoughts"])
 
 
 @pytest.fixture(scope="module")
@@ -256,10 +276,8 @@ def test_other_metrics_of_a_whole_set_need_no_model(said: Command, tmp_path: Pat
     said("evaluation.metrics=[]")
     assert not (tmp_path / "out" / "metrics.json").exists()
     assert "left as it is" in said("evaluation.metrics=[exact_match,chrf]")
-    assert set(json.loads((tmp_path / "out" / "metrics.json").read_text())) == {
-        "eval/test/exact_match",
-        "eval/test/chrf",
-    }
+    names = {"exact_match", "chrf", *THOUGHTS}
+    assert set(json.loads((tmp_path / "out" / "metrics.json").read_text())) == {f"eval/test/{name}" for name in names}
 
 
 def test_what_something_else_decided_is_not_gone_on_with(said: Command, rows: str, run: Path, tmp_path: Path) -> None:
@@ -322,9 +340,13 @@ def test_rows_without_an_answer_are_predicted_and_not_scored(said: Command, tmp_
     for key in ("prompt", "text", "answer", "stop_reason"):
         assert [line[key] for line in found] == [line[key] for line in expected[:8]]
     assert [line["reference"] for line in found] == [None] * 5 + [line["reference"] for line in expected[5:8]]
-    assert "no metrics: 5 rows have no reference" in text
+    assert "answers are not scored: 5 rows have no reference" in text
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert set(metrics) == {"eval/test/exact_match", "eval/all/exact_match"}
+    assert {name for name in metrics if name.rpartition("/")[2] not in THOUGHTS} == {
+        "eval/test/exact_match",
+        "eval/all/exact_match",
+    }
+    assert metrics["eval/some/thought_tokens"] == metrics["eval/all/thought_tokens"]
     table = (tmp_path / "out" / "some.csv").read_text(encoding="utf-8").splitlines()
     assert [line.split(",")[5] for line in table[1:]][:5] == [""] * 5
 
@@ -447,9 +469,11 @@ def test_a_folder_that_is_no_finished_run_is_told(run: Path, rows: str, tmp_path
 
 def test_the_runs_own_test_set_gets_the_score_of_its_evaluation(run: Path) -> None:
     assert predict.main([f"run={run}"]) == 0
-    score = json.loads((run / "summary.json").read_text())["eval/test/exact_match"]
-    assert json.loads((run / "predictions" / "metrics.json").read_text()) == {"eval/test/exact_match": score}
-    assert 0 < score < 1
+    summary = json.loads((run / "summary.json").read_text())
+    expected = {name: summary[name] for name in (f"eval/test/{one}" for one in ("exact_match", *THOUGHTS))}
+    assert json.loads((run / "predictions" / "metrics.json").read_text()) == expected
+    assert [name for name in summary if name.startswith("best/") and name.rpartition("/")[2] in THOUGHTS] == []
+    assert 0 < expected["eval/test/exact_match"] < 1
 
 
 def test_what_was_for_training_is_let_go(run: Path, rows: str, tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ import torch
 from src.config.schema import ThoughtMode
 from src.evaluation.decoding import row_streams
 from src.evaluation.generate import Generator
+from src.evaluation.thought_counts import Thought, thought_metrics, thoughts_in
 from src.evaluation.thoughts import ThoughtRule, count_inner
+from src.metrics import THOUGHTS, has_direction
 from src.runtime.session import Runtime
 from tests.test_decoding import EOS, NEW, SETTINGS, WAYS, by_transformers, generator, model, prompts, runtime
 
@@ -57,6 +59,31 @@ def test_the_tokens_of_a_thought_are_counted_from_its_opening_tag() -> None:
     assert count_inner(rows[:, :0], torch.tensor([True, False, True, False]), OPEN, CLOSE).tolist() == [0, -1, 0, -1]
 
 
+def test_thoughts_are_counted_by_ids() -> None:
+    found = [
+        thoughts_in(ids, (OPEN, CLOSE), is_opened=is_opened)
+        for ids, is_opened in (
+            ([OPEN, 3, OPEN, 3, CLOSE, 4, CLOSE, OPEN, CLOSE], False),  # one within a thought opens none
+            ([5, OPEN, 3, 3], False),  # the text ends in it
+            ([3, CLOSE, 4], True),  # the prompt has opened it
+            ([], True),
+            ([CLOSE, 3], False),
+        )
+    ]
+    assert found == [[Thought(3, True), Thought(0, True)], [Thought(2, False)], [Thought(1, True)],
+                     [Thought(0, False)], []]  # fmt: skip
+    assert thought_metrics(found) == {
+        "thoughts_per_row": 5 / 5,
+        "thoughts_opened": 4 / 5,
+        "thoughts_closed": 3 / 5,
+        "thought_tokens": 6 / 5,
+    }
+    assert tuple(thought_metrics(found)) == THOUGHTS
+    assert thought_metrics([[], []]) == {"thoughts_per_row": 0.0, "thoughts_opened": 0.0}
+    assert not any(has_direction(f"eval/test/{name}") for name in THOUGHTS)
+    assert has_direction("eval/test/thought_loss")
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_without_thoughts_no_tag_is_written(model: Any, runtime: Runtime, way: str) -> None:
     given = asked() * (21 if way == "sample" else 1)
@@ -85,6 +112,12 @@ def test_with_a_limit_no_thought_is_longer_and_each_is_closed(model: Any, runtim
         assert any(OPEN in completion.ids for completion in together)
         alone = replace(one, batch_size=1).generate_samples(asked()[2:4], seed=5, first_row=2, count=count)
         assert alone == samples[2:4]
+    rule = one.thoughts
+    assert rule is not None
+    for prompt, row in zip(asked(), samples, strict=True):
+        for completion in row:
+            lengths = [None if not one.is_closed else one.num_tokens for one in rule.found(prompt, completion.ids)]
+            assert lengths == thoughts_of(completion.ids)
     # the limit is longer than the text: closed where it must end
     assert all(thoughts_of(completion.ids)[0] == len(completion.ids) - 2 == NEW - 2 for completion in together)
 

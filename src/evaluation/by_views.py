@@ -131,6 +131,8 @@ def set_metrics(files: EvaluatedSet, views: Sequence[str], config: RunConfig) ->
             written = list(files.thoughts.read())
             num_thoughts = sum(len(line["ids"] or []) for line in written)
             scores["thoughts_cut"] = sum(line["num_cut"] for line in written) / max(1, num_thoughts)
+            num_tokens = sum(len(thought) - 2 for line in written for thought in line["ids"] or [])  # without the tags
+            scores["thought_tokens"] = num_tokens / max(1, num_thoughts)
         values |= {f"evaluate/{files.name}/{view}/{name}": value for name, value in scores.items()}
     if config.metrics:
         generated, _ = score_lines(list(files.predictions.read()), config)

@@ -17,6 +17,7 @@ from src.data.sets import EncodedSet
 from src.errors import DataError, NonFiniteLossError
 from src.evaluation.answers import AnswerReader
 from src.evaluation.generate import Generator, check_prompts
+from src.evaluation.thought_counts import thought_metrics
 from src.evaluation.thoughts import thought_rule
 from src.metrics import THOUGHT_LOSSES, compute_metrics, perplexity
 from src.progress import NO_PROGRESS, Progress
@@ -56,7 +57,7 @@ class Evaluator:
         return metrics | targets.metrics(self.runtime)
 
     def _scores(self, rows: EncodedSet, count: int) -> dict[str, float]:
-        """Generate for the first `count` rows, and compare the answers with their references."""
+        """Generate for the first `count` rows, compare the answers with their references, and count the thoughts."""
         prompts, decode = [rows.prompt_ids(i) for i in range(count)], self.reader.encoder.decode
         seed, what = self.runtime.seed, f"for {rows.name}"
         samples = self.generator.generate_samples(prompts, seed, count=self.num_samples, what=what)
@@ -66,7 +67,11 @@ class Evaluator:
         ]
         first = [one for one, *_ in answers]
         references = [self.reader.reference(rows, i) for i in range(count)]
-        return compute_metrics(self.metrics, first, references, self.answer_pattern, rows.place, answers)
+        values = compute_metrics(self.metrics, first, references, self.answer_pattern, rows.place, answers)
+        if (rule := self.generator.thoughts) is not None:
+            pairs = zip(prompts, samples, strict=True)
+            values |= thought_metrics([rule.found(prompt, one.ids) for prompt, texts in pairs for one in texts])
+        return values
 
     @torch.no_grad()
     def _losses(self, rows: EncodedSet, count: int, targets: "TargetStats") -> dict[str, float]:

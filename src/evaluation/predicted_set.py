@@ -15,6 +15,7 @@ from typing import Any
 from src import records
 from src.config.schema import RunConfig
 from src.evaluation.row_log import RowLog
+from src.evaluation.thought_counts import Thought, thought_metrics
 from src.metrics import compute_metrics
 from src.records import damaged
 from src.util import finite, write_atomically, write_json
@@ -22,17 +23,21 @@ from src.util import finite, write_atomically, write_json
 
 @dataclass(frozen=True)
 class Sample:
-    """A text that was generated for a row: `text` has the thoughts, `answer` has not."""
+    """A text that was generated for a row: `text` has the thoughts, `answer` has not.
+
+    `thoughts` says of each how long it is, and whether it was closed; None where the run has no tags.
+    """
 
     text: str
     answer: str
     stop_reason: str
+    thoughts: list[Thought] | None = None
 
 
 @dataclass(frozen=True)
 class Prediction:
     """One line: `row` counts the rows of the set's files from 0; `text`, `answer` and `stop_reason` are those of the
-    first sample. `samples` is in the line where there are several.
+    first sample, and so are `thoughts`. `samples` is in the line where there are several.
     """
 
     row: int
@@ -42,11 +47,13 @@ class Prediction:
     answer: str
     reference: str | None
     stop_reason: str
-    samples: list[Sample] | None = None
+    samples: list[dict[str, Any]] | None = None
+    thoughts: list[Thought] | None = None
 
 
-SAMPLES = "samples"
-SAMPLE_KEYS: Mapping[str, Any] = {column.name: column.type for column in fields(Sample)}
+SAMPLES, THOUGHTS = "samples", "thoughts"
+SAMPLE_KEYS: Mapping[str, Any] = {column.name: column.type for column in fields(Sample)} | {THOUGHTS: list}
+THOUGHT_KEYS: Mapping[str, Any] = {column.name: column.type for column in fields(Thought)}
 METRICS = "metrics.json"
 
 
@@ -59,7 +66,9 @@ class PredictionLog(RowLog):
     def check(self, content: Mapping[str, Any]) -> None:
         super().check(content)
         for sample in content.get(SAMPLES, []):
-            records.check_keys(sample if isinstance(sample, dict) else {}, SAMPLE_KEYS)
+            records.check_keys(sample if isinstance(sample, dict) else {}, SAMPLE_KEYS, optional=[THOUGHTS])
+        for thought in (one for text in _texts(content) for one in text.get(THOUGHTS, [])):
+            records.check_keys(thought if isinstance(thought, dict) else {}, THOUGHT_KEYS)
 
 
 class PredictedSet(PredictionLog):
@@ -98,13 +107,35 @@ class PredictedSet(PredictionLog):
 
 
 def score_lines(lines: Sequence[Mapping[str, Any]], config: RunConfig) -> tuple[dict[str, float], int]:
-    """Compute the metrics of predictions, none where one has no reference; return also how many have none."""
+    """Compute the metrics of predictions, of which those of answers need a reference in each; return also how many have
+    none.
+    """
     answers, references, places = ([line[key] for line in lines] for key in ("answer", "reference", "source"))
-    if not config.metrics or None in references:
-        return {}, references.count(None)
+    num_lacking = references.count(None)
+    if not config.metrics:
+        return {}, num_lacking
+    thoughts = _score_thoughts([text for line in lines for text in _texts(line)])
+    if num_lacking:
+        return thoughts, num_lacking
     pattern = config.data.answer_pattern
-    samples = [[one["answer"] for one in line.get(SAMPLES, [line])] for line in lines]
-    return compute_metrics(config.metrics, answers, references, pattern, places.__getitem__, samples), 0
+    samples = [[one["answer"] for one in _texts(line)] for line in lines]
+    scores = compute_metrics(config.metrics, answers, references, pattern, places.__getitem__, samples)
+    return scores | thoughts, 0
+
+
+def _texts(line: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """Return the samples of a line; of one that has none, the line, which has their keys."""
+    samples: Sequence[Mapping[str, Any]] = line.get(SAMPLES, [line])
+    return samples
+
+
+def _score_thoughts(texts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Compute what is measured of the thoughts in texts; {} where one was written by a run without tags, or by an
+    earlier version, which did not count them.
+    """
+    if not texts or any(THOUGHTS not in text for text in texts):
+        return {}
+    return thought_metrics([[Thought(**one) for one in text[THOUGHTS]] for text in texts])
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:

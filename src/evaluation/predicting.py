@@ -110,6 +110,6 @@ def finish(one: PredictedSet, job: Job, console: Console) -> None:
     values, lacking = one.score(job.config)
     console.label(one.name, f"{one.lines}, and {one.table.name}")
     if lacking and job.config.metrics:
-        console.label("", f"no metrics: {lacking:,} row{'s have' if lacking > 1 else ' has'} no reference")
-    elif values:
+        console.label("", f"answers are not scored: {lacking:,} row{'s have' if lacking > 1 else ' has'} no reference")
+    if values:
         console.table(values)

@@ -19,7 +19,7 @@ from src.tracking.console import Console
 
 if TYPE_CHECKING:  # torch is for those who generate, not for those who only look at what is there
     from src.data.sets import EncodedSet
-    from src.evaluation.answers import AnswerReader, Completion
+    from src.evaluation.answers import Completion
     from src.evaluation.generate import Generator
 
 BLOCK_BATCHES = 4
@@ -123,33 +123,39 @@ def predict_rows(
     A row draws from a stream of its own, by seed and its place in the set, so nothing depends on the blocks or on where
     it was stopped. Interrupted between two tokens, where a signal asked for it; whole blocks are on the disk.
     """
-    reader = generator.reader
-    assert reader is not None
     chosen = range(len(rows)) if chosen is None else chosen
     numbers = chosen if numbers is None else numbers
     for block in blocks(into, numbers, generator.batch_size, console):
         prompts = [rows.prompt_ids(chosen[place]) for place in block]
         generated = generator.generate_samples(prompts, seed, block.start, num_samples)
         lines = zip(block, generated, strict=True)
-        into.append([_prediction(reader, rows, chosen[place], numbers[place], texts) for place, texts in lines])
+        into.append([_prediction(generator, rows, chosen[place], numbers[place], texts) for place, texts in lines])
 
 
 def _prediction(
-    reader: AnswerReader, rows: EncodedSet, index: int, number: int, completions: Sequence[Completion]
+    generator: Generator, rows: EncodedSet, index: int, number: int, completions: Sequence[Completion]
 ) -> Prediction:
     """Return the line of a row, the `number`-th of its files."""
+    reader, rule, prompt = generator.reader, generator.thoughts, rows.prompt_ids(index)
+    assert reader is not None
     texts = [reader.encoder.decode(completion.ids) for completion in completions]
     samples = [
-        Sample(text, reader.answer(rows, index, text), completion.stop_reason)
+        Sample(
+            text,
+            reader.answer(rows, index, text),
+            completion.stop_reason,
+            None if rule is None else rule.found(prompt, completion.ids),
+        )
         for completion, text in zip(completions, texts, strict=True)
     ]
+    plain = [{key: value for key, value in asdict(one).items() if value is not None} for one in samples]
     return Prediction(
         row=number,
         source=rows.place(index),
         prompt=rows.prompt(index),
         reference=reader.reference(rows, index) if rows.completion(index) else None,
-        **asdict(samples[0]),
-        samples=samples if len(samples) > 1 else None,
+        **plain[0],
+        samples=plain if len(plain) > 1 else None,
     )
 
 

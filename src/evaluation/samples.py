@@ -11,8 +11,8 @@ from src.evaluation.evaluate import Evaluator
 class Sample:
     """One line of samples.jsonl.
 
-    `text` includes thoughts, `answer` doesn't; `num_opened` and `num_closed` count its thought tags; `untrained` is the
-    model's text before its first step.
+    `text` includes thoughts, `answer` doesn't; `num_opened` and `num_closed` count its thought tags,
+    `num_thought_tokens` the tokens within thoughts; `untrained` is the model's text before its first step.
     """
 
     step: int
@@ -24,6 +24,7 @@ class Sample:
     num_opened: int
     num_closed: int
     untrained: str
+    num_thought_tokens: int = 0
 
 
 def sample(
@@ -32,7 +33,7 @@ def sample(
     """Generate for the first `count` rows of a set; the same prompts and the same random stream every time. `untrained`
     are the texts that were sampled before training.
     """
-    reader = evaluator.reader
+    reader, rule = evaluator.reader, evaluator.generator.thoughts
     opened, closed = reader.tags or ("", "")
     chosen = range(min(count, len(rows)))
     prompts = [rows.first_ids(i) for i in chosen]
@@ -40,6 +41,7 @@ def sample(
     samples = []
     for i, completion in zip(chosen, completions, strict=True):
         text = reader.encoder.decode(completion.ids)
+        thoughts = [] if rule is None else rule.found(prompts[i], completion.ids)
         samples.append(
             Sample(
                 step,
@@ -51,6 +53,7 @@ def sample(
                 num_opened=text.count(opened) if opened else 0,
                 num_closed=text.count(closed) if closed else 0,
                 untrained=untrained[i] if untrained else text,
+                num_thought_tokens=sum(thought.num_tokens for thought in thoughts),
             )
         )
     return samples

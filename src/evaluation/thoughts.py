@@ -9,6 +9,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from src.config.schema import GenerationConfig, ThoughtMode
 from src.data.encoding import Encoder
+from src.evaluation.thought_counts import Thought, thoughts_in
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class ThoughtRule:
             return False
         after = len(prompt) - list(prompt)[::-1].index(self.open_id)
         return not self.decode(prompt[after:]).strip()
+
+    def found(self, prompt: Sequence[int], ids: Sequence[int]) -> list[Thought]:
+        """Return the thoughts in ids that were generated after a prompt."""
+        return thoughts_in(ids, (self.open_id, self.close_id), is_opened=self.is_opened_by(prompt))
 
 
 def thought_rule(encoder: Encoder, generation: GenerationConfig) -> ThoughtRule | None:

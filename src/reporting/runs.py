@@ -10,7 +10,7 @@ from typing import Any
 
 from src.config.frozen import CONFIG, STARTS, STATUS, SWEEP, add_later_keys, read_config, read_status
 from src.errors import DamagedFileError
-from src.metrics import greater_is_better
+from src.metrics import greater_is_better, has_direction
 from src.records import read_json, read_similar_yaml
 from src.tracking.lock import holder_of
 from src.tracking.run_folder import SUMMARY
@@ -172,7 +172,7 @@ def summary_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             if name == "step" or value is None:
                 continue
             last[name] = value
-            if name.startswith("eval/"):
+            if name.startswith("eval/") and has_direction(name):
                 choose = max if greater_is_better(name) else min
                 best[f"best/{name}"] = choose(best.get(f"best/{name}", value), value)
     return last | best

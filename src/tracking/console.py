@@ -142,7 +142,7 @@ class Console:
                 self.say("  ".join([f"step {step:>{len(str(num_steps))}}/{num_steps}", *parts, work.left]))
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Print an evaluation's metrics, a set after the other."""
+        """Print an evaluation's metrics, a set after the other, without details."""
         by_set: dict[str, list[str]] = {}
         for name, value in metrics.items():
             _, set_name, metric = name.split("/", 2)

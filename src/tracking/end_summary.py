@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from src.metrics import greater_is_better, is_detail
+from src.metrics import greater_is_better, has_direction, is_detail
 from src.tracking.console import Console
 from src.tracking.live import clock
 from src.tracking.run_folder import SUMMARY
@@ -18,7 +18,7 @@ CHANGING = ("train/loss", "eval/")
 
 @dataclass
 class MetricHistory:
-    """The first and the best value of every metric that training changes, each with its step; and its last step."""
+    """The first and the best value of every metric that training improves, each with its step; and its last step."""
 
     first: dict[str, tuple[int, float]] = field(default_factory=dict)
     best: dict[str, tuple[int, float]] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class MetricHistory:
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add a line of metrics; of equally good ones the earlier is the best."""
         for name, value in metrics.items():
-            if not name.startswith(CHANGING):
+            if not (name.startswith(CHANGING) and has_direction(name)):
                 continue
             self.first.setdefault(name, (step, value))
             self.last[name] = step
