@@ -15,9 +15,11 @@ import pytest
 import yaml
 
 from src.config.frozen import config_hash
+from src.metrics import PART_LOSSES
 from src.report import main
+from src.reporting.drawing import COLOURS, styled, write_files
 from src.reporting.figures import MOST_POINTS, thinned
-from src.reporting.page import rendered
+from src.reporting.page import Figures, Table, rendered
 from src.reporting.run_page import run_page
 from tests.browser import CHROMIUM, Browser
 from tests.conftest import ROWS, read_lines, towline
@@ -34,6 +36,13 @@ HOSTILE = [
     "L" * 400,
     "\ud800",
 ]
+OF_THOUGHTS = (
+    "Loss of the parts of thoughts, training",
+    "Loss of the parts of thoughts, evaluation",
+    "Generated texts with a thought, and thoughts that were closed",
+    "Thoughts in a generated text",
+    "Length of generated thoughts",
+)
 LARGEST = 3_000_000  # bytes of a page
 
 
@@ -105,7 +114,8 @@ def test_a_run_is_one_page_with_its_figures_beside_it(run: Path, capsys: pytest.
     assert len(page.encode()) < LARGEST
     assert str(run / "report.html") in capsys.readouterr().out
     titles = re.findall(r'<h3 dir="auto">(.*?)</h3>\n<div class="legend">', page)
-    first = ["Loss", "Loss of thoughts and answers", "Learning rate", "Norm of the gradient", "Speed", "Memory"]
+    first = ["Loss", "Loss of thoughts and answers", *OF_THOUGHTS, "Learning rate", "Norm of the gradient", "Speed",
+             "Memory"]  # fmt: skip
     assert titles[: len(first)] == first
     assert {"Norm of the embedding", "Cosine of the embedding to its start"} < set(titles)
     assert {file.suffix for file in (run / "report_figures").iterdir()} == {".csv", ".png"}
@@ -128,14 +138,73 @@ def test_a_run_is_one_page_with_its_figures_beside_it(run: Path, capsys: pytest.
         memory = [(row["series"], float(row["MiB"])) for row in csv.DictReader(file)]
     names = ("perf/memory_bytes", "perf/peak_memory_bytes")
     assert memory == [(name, line[name] / 2**20) for name in names for line in lines]
+    for figure, kinds in {"parts_train": ["train"], "parts_eval": ["eval/validation", "eval/test"]}.items():
+        losses = {f"{kind}/{part}" for kind in kinds for part in PART_LOSSES}
+        assert series_in(run / "report_figures" / f"{figure}.csv") == losses
+    shares = {f"eval/{name}/{one}" for name in ("validation", "test") for one in ("thoughts_opened", "thoughts_closed")}
+    written = series_in(run / "report_figures" / "thoughts.csv")
+    assert written == shares & {name for line in lines for name in line} != set()
     (table,) = re.findall(r"What differs from the default run</h3>(.*?)</table>", page, flags=re.DOTALL)
     differing = dict(re.findall(r'<tr><td dir="auto">(.*?)</td><td dir="auto">(.*?)</td>', table))
     assert (differing["training.max_train_steps"], differing["data.limit"]) == ("4", "16")
     assert not {key for key in differing if key.startswith(("optimizer", "model", "tokens", "tracking"))}
 
 
-@pytest.mark.parametrize("names", [["metrics.jsonl", "provenance.json"], ["summary.json", "config.yaml"]])
+def series_in(file: Path) -> set[str]:
+    with open(file, encoding="utf-8") as opened:
+        return {row["series"] for row in csv.DictReader(opened)}
+
+
+BITS = {"gold": 0.5, "none": 4.0, "shuffled": 3.0, "own": 0.75}
+
+
+def write_evaluation(run: Path, *names: str) -> None:
+    """Write what src.evaluate finds of sets of 20 rows each, with BITS."""
+    metrics = {f"evaluate/{name}/{view}/bits_per_byte": bits for name in names for view, bits in BITS.items()}
+    metrics |= {f"evaluate/{name}/exact_match": 0.9 for name in names}
+    compared = [
+        {"view": view, "baseline": baseline, "bits_per_byte_saved": saved, "low": saved - 0.25, "high": saved + 0.5,
+         "p_value": 0.0002, "num_rows": 20}
+        for baseline in ("none", "gold")
+        for view, bits in BITS.items()
+        if view not in (baseline, "none") and (saved := BITS[baseline] - bits) is not None
+    ]  # fmt: skip
+    (run / "evaluations").mkdir()
+    content = {"metrics": metrics, "rows": {}, "comparisons": dict.fromkeys(names, compared), "against": {}}
+    (run / "evaluations" / "evaluation.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_what_thoughts_are_worth_is_drawn_with_intervals(run: Path) -> None:
+    write_evaluation(run, "a/b", "test")
+    page = run_page(run)
+    section = next(one for one in page.sections if one.title == "What thoughts are worth")
+    bits, saved = next(block.figures for block in section.blocks if isinstance(block, Figures))
+    assert bits.x_ticks == {1: "gold", 2: "own", 3: "shuffled", 4: "none"}
+    assert [(one.name, [*one.y]) for one in bits.series] == [(name, [0.5, 0.75, 3, 4]) for name in ("a/b", "test")]
+    assert saved.x_ticks == {1: "gold", 2: "own", 3: "shuffled"}
+    assert saved.title.endswith("against no thoughts")
+    found = [(one.name, one.kind, [*one.y]) for one in saved.series[2:]]
+    assert found == [
+        ("test", "points", [3.5, 3.25, 1.0]),
+        ("test: 95 % interval", "intervals", [3.25, 4.0, 3.0, 3.75, 0.75, 1.5]),
+    ]
+    places = [[round(x) for x in one.x] for one in saved.series]
+    assert places == [[1, 2, 3], [1, 1, 2, 2, 3, 3]] * 2
+    assert len({x for one in saved.series[::2] for x in one.x}) == 6  # no set hides another
+    assert [colour for _, colour, _ in styled(saved)] == [COLOURS[0], COLOURS[0], COLOURS[1], COLOURS[1]]
+    write_files(saved, run / "saved")
+    with open(run / "saved.csv", encoding="utf-8") as file:
+        rows = [(row["series"], row["thoughts"], float(row["bits per byte saved"])) for row in csv.DictReader(file)]
+    assert rows[-2:] == [("test: 95 % interval", "shuffled", 0.75), ("test: 95 % interval", "shuffled", 1.5)]
+    compared = next(block for block in section.blocks if isinstance(block, Table) and "p" in block.headings)
+    assert ["test", "own", "gold", "-0.2500", "-0.5000 to 0.2500", "p < 0.001", "20"] in compared.rows
+
+
+@pytest.mark.parametrize(
+    "names", [["metrics.jsonl", "provenance.json"], ["summary.json", "config.yaml", "evaluations/evaluation.json"]]
+)
 def test_a_damaged_file_is_said_and_the_rest_is_shown(run: Path, names: list[str]) -> None:
+    write_evaluation(run)
     for name in names:
         (run / name).write_text("[1\n", encoding="utf-8")
     page = rendered(run_page(run))
@@ -145,6 +214,7 @@ def test_a_damaged_file_is_said_and_the_rest_is_shown(run: Path, names: list[str
 
 def test_the_page_is_shown_without_a_complaint_whatever_its_texts_are(run: Path, browser: Browser) -> None:
     make_hostile(run)
+    write_evaluation(run, *(bad for bad in HOSTILE if bad.isprintable()))
     assert main([f"dir={run}"]) == 0
     for width, is_dark in ((390, False), (1440, True)):
         browser.open(run / "report.html", width, is_dark=is_dark)

@@ -22,6 +22,7 @@ from src.sweep.trial import setting_of, trial_of
 from tests.browser import CHROMIUM, Browser
 from tests.conftest import admitted, write_lines
 from tests.test_report import write_run
+from tests.test_report_page import BITS, write_evaluation
 
 LOSS = "eval/validation/loss"
 LARGEST = 3_000_000  # bytes of a page
@@ -159,6 +160,24 @@ def test_curves_are_over_steps_and_over_tokens_and_all_else_that_differs_is_show
     html = rendered(page)
     assert "-+b1" in html
     assert "++b2" in html
+
+
+def test_thoughts_are_compared_over_steps_and_by_views(pair: list[Path]) -> None:
+    for folder in pair:
+        lines = [{"step": step, LOSS: 1.0, "eval/validation/thought_tokens": 3.0 * step} for step in (2, 4)]
+        write_lines(folder / "metrics.jsonl", lines)
+        write_evaluation(folder, "test")
+    page = page_of(pair)
+    titles = {
+        section: [figure.title for one in blocks(page, section) if isinstance(one, Figures) for figure in one.figures]
+        for section in ("Over steps", "Over tokens")
+    }
+    assert titles == {"Over steps": [LOSS, "eval/validation/thought_tokens"], "Over tokens": [LOSS]}
+    (group,) = blocks(page, "What thoughts are worth")
+    assert isinstance(group, Figures)
+    (bits,) = group.figures
+    expected = [BITS[view] for view in ("gold", "own", "shuffled", "none")]
+    assert [(one.name, [*one.y]) for one in bits.series] == [("one: test", expected), ("other: test", expected)]
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from src.metrics import is_detail
 from src.reporting.curves import file_name, names_of
 from src.reporting.details import Details, read_details
 from src.reporting.figures import MOST_POINTS, MOST_SERIES, Figure, Series, series_of
@@ -13,6 +14,7 @@ from src.reporting.page import Block, Figures, Long, Page, Section, Table, Text
 from src.reporting.rows import Agreement, agreements
 from src.reporting.run_page import number, shown
 from src.reporting.runs import differing_keys, dotted, is_number, is_same, when
+from src.reporting.views import bits_of, by_view, scores_of
 from src.sweep.ranking import p_text
 from src.tracking.live import clock
 from src.util import human_bytes, in_words, plural
@@ -33,6 +35,7 @@ def comparison_page(folders: Sequence[Path]) -> Page:
         Section("Results", [*(Text(problem, is_warning=True) for problem in problems), *_results(runs)]),
         Section("Configuration", list(_configuration(runs))),
         Section("Right and wrong", rows),
+        Section("What thoughts are worth", _figures(_views(runs))),
         Section("Over steps", _figures(curves(runs, "step", lambda _: None))),
         Section("Over tokens", _figures(curves([one for one in runs if tokens_at(one)], "tokens seen", tokens_at))),
         Section("Code", list(_code(runs))),
@@ -60,10 +63,14 @@ def _figures(figures: Sequence[Figure]) -> list[Block]:
 def curves(
     runs: Sequence[Details], x_label: str, x_of: Callable[[Details], Callable[[int], float] | None]
 ) -> list[Figure]:
-    """Return a figure for each metric of which at least one run has a curve, with a curve a run."""
+    """Return a figure for each metric of which at least one run has a curve, with a curve a run; details over steps
+    only.
+    """
     most = min(MOST_POINTS, POINTS_OF_ALL // max(1, len(runs)))
     names = dict.fromkeys(name for one in runs for name in names_of(one.lines))
     chosen = [name for name in names if name.startswith("eval/") or name in COMPARED_TOO]
+    if x_label != "step":
+        chosen = [name for name in chosen if not is_detail(name)]
     figures = []
     for metric in chosen:
         series = [_curve(one, metric, x_of(one), most) for one in runs[:MOST_SERIES]]
@@ -102,6 +109,16 @@ def _results(runs: Sequence[Details]) -> Iterator[Block]:
     chosen = [name for name in metrics if name.startswith(("eval/", "best/eval/")) or name == "tokens_seen"]
     rows += [[name, *(number(one.run.metrics.get(name)) for one in runs)] for name in chosen]
     yield Table(["", *(one.name for one in runs)], rows)
+
+
+def _views(runs: Sequence[Details]) -> list[Figure]:
+    """Return a figure of the bits per byte of each view, with a series for each set of a run."""
+    bits = {
+        f"{one.name}: {name}": views
+        for one in runs[:MOST_SERIES]
+        for name, views in bits_of(scores_of(one.evaluation)).items()
+    }
+    return list(by_view(dict(list(bits.items())[:MOST_SERIES])))
 
 
 def _rows(runs: Sequence[Details], problems: list[str]) -> Iterator[Block]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from src.metrics import PART_LOSSES
 from src.reporting.figures import MOST_SERIES, Figure, series_of
 
 Line = Mapping[str, Any]
@@ -33,6 +34,21 @@ GROUPS = (
         NATS,
         lambda n: n in ("train/thought_loss", "train/answer_loss") or _is_eval(n, "thought_loss", "answer_loss"),
     ),
+    Group(
+        "parts_train",
+        "Loss of the parts of thoughts, training",
+        NATS,
+        lambda n: n.startswith("train/") and n.rpartition("/")[2] in PART_LOSSES,
+    ),
+    Group("parts_eval", "Loss of the parts of thoughts, evaluation", NATS, lambda n: _is_eval(n, *PART_LOSSES)),
+    Group(
+        "thoughts",
+        "Generated texts with a thought, and thoughts that were closed",
+        "share",
+        lambda n: _is_eval(n, "thoughts_opened", "thoughts_closed"),
+    ),
+    Group("thoughts_per_row", "Thoughts in a generated text", "thoughts", lambda n: _is_eval(n, "thoughts_per_row")),
+    Group("thought_tokens", "Length of generated thoughts", "tokens", lambda n: _is_eval(n, "thought_tokens")),
     Group("learning_rate", "Learning rate", "learning rate", lambda n: n == "train/lr"),
     Group("grad_norm", "Norm of the gradient", "norm", lambda n: n == "train/grad_norm"),
     Group("speed", "Speed", "tokens per second", lambda n: n == "perf/tokens_per_second"),

@@ -1,5 +1,6 @@
 """All that a run's folder says, for the pages; what can't be read is left out and said."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from src.reporting.runs import Run, read_run
 from src.tracking.step_logs import METRICS, SAMPLES, read_step_log
 
 DATA_REPORT, PROVENANCE = "data_report.json", "provenance.json"
+EVALUATION = "evaluations/evaluation.json"
+EVALUATION_KEYS = dict.fromkeys(("metrics", "comparisons"), dict)
 Read = TypeVar("Read")
 
 
@@ -26,6 +29,7 @@ class Details:
     data: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     starts: list[dict[str, Any]] = field(default_factory=list)
+    evaluation: Mapping[str, Any] = field(default_factory=dict)  # what src.evaluate wrote; empty where it did not run
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -54,4 +58,6 @@ def read_details(folder: Path, name: str = "") -> Details:
     found.data = read(lambda: read_json(folder / DATA_REPORT), {})
     found.provenance = read(lambda: read_json(folder / PROVENANCE), {})
     found.starts = read(lambda: read_starts(folder), [])
+    if os.path.lexists(folder / EVALUATION):
+        found.evaluation = read(lambda: read_json(folder / EVALUATION, EVALUATION_KEYS), {})
     return found

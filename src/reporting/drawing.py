@@ -21,9 +21,11 @@ HEIGHT = 300  # pixels
 
 
 def styled(figure: Figure) -> Iterator[tuple[Series, str, str]]:
-    """Yield the series of a figure, each with its colour and its dashes."""
-    for number, series in enumerate(figure.series):
-        turn, place = divmod(number, len(COLOURS))
+    """Yield the series of a figure, each with its colour and its dashes; intervals have those of the series before."""
+    number = -1
+    for series in figure.series:
+        number += series.kind != "intervals"
+        turn, place = divmod(max(0, number), len(COLOURS))
         yield series, COLOURS[place], DASHES[min(turn + (series.kind == "dashes"), len(DASHES) - 1)]
 
 
@@ -99,8 +101,10 @@ def write_files(figure: Figure, file: Path) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["series", figure.x_label, figure.y_label])
+    ticks = figure.x_ticks or {}
     for series in figure.series:
-        writer.writerows(zip(itertools.repeat(series.name), series.x, series.y))
+        x = [ticks.get(round(place), place) for place in series.x] if ticks else series.x
+        writer.writerows(zip(itertools.repeat(series.name), x, series.y))
     write_atomically(file.with_name(f"{file.name}.csv"), storable(text.getvalue()))
     _write_png(figure, file.with_name(f"{file.name}.png"))
 

@@ -9,6 +9,7 @@ from src.reporting.curves import run_figures, token_figures
 from src.reporting.details import Details, read_details
 from src.reporting.page import Block, Figures, Long, Page, Section, Table, Text
 from src.reporting.runs import dotted, is_compared, is_number, is_same, when
+from src.reporting.views import view_blocks
 from src.tracking.live import clock
 from src.util import human_bytes, plural
 
@@ -40,6 +41,7 @@ def run_page(folder: Path) -> Page:
     sections = [
         Section("Result", list(_result(found))),
         Section("Training and evaluation", _figures(run_figures(found.lines))),
+        Section("What thoughts are worth", list(view_blocks(found.evaluation))),
         Section("New tokens", _figures(token_figures(found.lines))),
         Section("Samples over time", list(samples(found.samples))),
         Section("Data", list(data(found.data))),
