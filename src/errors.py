@@ -169,8 +169,5 @@ def report(message: object, *, wraps: bool = True) -> None:
 
 
 def show(text: str, end: str = "\n") -> None:
-    """Print what was asked for; a reader that has seen enough of it (`| head`) may leave."""
-    try:
-        print(text, end=end, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it ends
+    """Print what was asked for."""
+    print(text, end=end, flush=True)

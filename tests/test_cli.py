@@ -88,3 +88,25 @@ def test_a_folder_is_looked_at_before_torch_is_imported() -> None:
     code = f"import src.cli.start, sys; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_command_outlives_what_reads_its_output() -> None:
+    program = (
+        "import sys\n"
+        "from src.cli.entry import as_command\n"
+        "def main():\n"
+        "    for stream in (sys.stdout, sys.stderr):\n"
+        "        for _ in range(2):\n"
+        "            print('x' * 100_000, file=stream, flush=True)\n"
+        "    return 3\n"
+        "as_command(main)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.read(1) == b"x"
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(60) == 3

@@ -6,6 +6,7 @@ from typing import NoReturn
 
 from src.cli.environment import set_switches
 from src.cli.exits import guarded
+from src.cli.streams import outlive_readers
 from src.config.help import help_of_entry
 from src.errors import show_libraries_visibly
 from src.runtime.collector import rest_while_importing
@@ -15,6 +16,7 @@ def as_command(main: Callable[[], int]) -> NoReturn:
     """Run the main of an entry as this process, and exit with its code."""
     rest_while_importing()
     set_switches()
+    outlive_readers()
     sys.exit(main())
 
 

@@ -12,7 +12,7 @@ VIEWS = ("gold", "own", "shuffled", "none")
 """The views of a row in the order of the figures."""
 COLUMNS = ("loss", "thought_loss", "answer_loss", "bits_per_byte")
 NUMBERS = ("bits_per_byte_saved", "low", "high", "p_value", "num_rows")
-APART = 0.12  # between two series of one view, which are a distance of 1 from those of the next
+APART, MOST_APART = 0.12, 0.8  # between two series of one view, and the first and the last; the next view is at 1
 
 Values = Mapping[str, Mapping[str, float]]
 """Numbers by the name of a series, and by view."""
@@ -107,7 +107,7 @@ def _ticks(sets: Mapping[str, Mapping[str, Any]]) -> dict[float, str]:
 def _place(ticks: Mapping[float, str], view: str, number: int, count: int) -> float:
     """Return where the `number`-th of `count` series has its value of a view."""
     (tick,) = (place for place, name in ticks.items() if name == view)
-    return tick + APART * (number - (count - 1) / 2)
+    return tick + min(APART, MOST_APART / count) * (number - (count - 1) / 2)
 
 
 def _shown(value: Any) -> str:
