@@ -26,6 +26,7 @@ from src.config.problems import Problem, refuse
 from src.errors import ConfigError, report
 from src.evaluation.samples import Sample
 from src.progress import TimeLeft
+from src.runtime.launch import CopiedStream
 from src.sweep.folder import TrialStatus
 from src.sweep.progress import ProgressTable, TableRow
 from src.sweep.trial import Trial
@@ -241,6 +242,24 @@ def test_work_within_a_run_is_drawn_below_it_and_gone_when_it_ends() -> None:
         raise ZeroDivisionError
     console.close()
     assert ("failing" in console.pace, screen.lines) == (False, ["a line that stays", "another one"])
+
+
+def test_a_copy_of_what_is_printed_has_what_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen, log = Screen(), io.StringIO()
+    stream = CopiedStream(screen, log)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    console = Console()
+    console.say("\x1b[1mbold\x1b[0m", is_painted=True)
+    console.begin_training(3, 9)
+    with console.work("evaluating", "validation", 8) as advance:
+        advance(6)
+        console.say("a line that stays")
+        print("what a library writes", file=sys.stderr)
+        assert any("evaluating validation 6/8" in line for line in screen.lines)
+    console.close()
+    assert log.getvalue() == "bold\na line that stays\nwhat a library writes\n"
+    assert [line for line in screen.lines if line] == log.getvalue().splitlines()
 
 
 def test_long_work_is_a_line_now_and_then_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:

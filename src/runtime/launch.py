@@ -6,6 +6,7 @@ worker whose parent dies is asked to stop, and holds the run's folder until it h
 """
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -87,15 +88,32 @@ def is_launched(config: RuntimeConfig) -> bool:
     return place_of() is None and config.num_processes * config.num_machines > 1
 
 
-class _Copied:
-    """A stream that is also written to a file; all else is the stream's."""
+_CONTROL = re.compile(r"\r|\x1b\[[0-9;?]*([@-~])")
+
+
+class CopiedStream:
+    """A stream that is also written to a file, as plain text; all else is the stream's."""
 
     def __init__(self, stream: Any, log: Any) -> None:
         self._stream, self._log = stream, log
+        self._is_copied, self._num_drawn = True, 0
 
     def write(self, text: str) -> int:
-        self._log.write(text)
+        if self._is_copied:
+            self._log.write(_plain(text, self._num_drawn))
         return self._stream.write(text)
+
+    @contextmanager
+    def drawing(self, num_lines: int) -> Iterator[None]:
+        """Keep what is written in the block out of the file: it draws so many lines in place of those drawn before.
+
+        They are drawn again below what is written afterwards, until others are drawn.
+        """
+        self._is_copied, self._num_drawn = False, num_lines
+        try:
+            yield
+        finally:
+            self._is_copied = True
 
     def flush(self) -> None:
         self._log.flush()
@@ -105,10 +123,19 @@ class _Copied:
         return getattr(self._stream, name)
 
 
+def _plain(text: str, num_drawn: int) -> str:
+    """Return what stays of a text for a terminal: without colours, and without the lines drawn at its end, which it has
+    where it moves the cursor.
+    """
+    if any(found[1] != "m" for found in _CONTROL.finditer(text)):
+        text = "".join(f"{line}\n" for line in text.split("\n")[: -max(1, num_drawn)])
+    return _CONTROL.sub("", text)
+
+
 def copy_output(run_dir: Path) -> None:
     """Write the first process's output into its log too; the others write nowhere else."""
     log = _open_log(run_dir, 0)  # closed with the process
-    sys.stdout, sys.stderr = _Copied(sys.stdout, log), _Copied(sys.stderr, log)
+    sys.stdout, sys.stderr = CopiedStream(sys.stdout, log), CopiedStream(sys.stderr, log)
 
 
 def follow_parent() -> None:

@@ -4,10 +4,12 @@ import atexit
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TextIO
 
 from src.errors import visible
+from src.runtime.launch import CopiedStream
 from src.terminal import columns_of, cut_to, width
 
 if TYPE_CHECKING:
@@ -77,16 +79,22 @@ class LiveLines:
         from rich.console import Group
 
         room = (columns_of(self._stream) or 80) - 1  # the last column stays free, or the terminal begins another line
-        live = self._live or self._open()
-        live.console.width = room
-        live.update(Group(*(_drawn(work, room) for work in works)), refresh=True)
+        with self._drawing(len(works)):
+            live = self._live or self._open()
+            live.console.width = room
+            live.update(Group(*(_drawn(work, room) for work in works)), refresh=True)
 
     def close(self) -> None:
         """Remove the lines; what is printed next takes their place."""
         if self._live is not None:
-            self._live.stop()
+            with self._drawing(0):
+                self._live.stop()
             self._live = None
             atexit.unregister(self.close)
+
+    def _drawing(self, num_lines: int) -> AbstractContextManager[None]:
+        """Keep what is drawn out of a log that the stream is copied to."""
+        return self._stream.drawing(num_lines) if isinstance(self._stream, CopiedStream) else nullcontext()
 
     def _open(self) -> "Live":
         """Begin to draw. What is written through sys.stdout and sys.stderr meanwhile is put above the lines."""
