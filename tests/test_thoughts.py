@@ -79,7 +79,7 @@ def test_thoughts_are_counted_by_ids() -> None:
         "thought_tokens": 6 / 5,
     }
     assert tuple(thought_metrics(found)) == THOUGHTS
-    assert thought_metrics([[], []]) == {"thoughts_per_row": 0.0, "thoughts_opened": 0.0}
+    assert thought_metrics([[], []]) == dict.fromkeys(THOUGHTS, 0.0)
     assert not any(has_direction(f"eval/test/{name}") for name in THOUGHTS)
     assert has_direction("eval/test/thought_loss")
 

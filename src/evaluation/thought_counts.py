@@ -34,11 +34,13 @@ def thoughts_in(ids: Sequence[int], tag_ids: tuple[int, int], *, is_opened: bool
 def thought_metrics(texts: Sequence[Sequence[Thought]]) -> dict[str, float]:
     """Compute src.metrics.THOUGHTS from the thoughts in each of the generated texts, of which a row may have several.
 
-    Without a thought there is no share of closed ones and no length.
+    Without a thought, the share of closed ones and their length are 0.
     """
     thoughts = [thought for text in texts for thought in text]
-    values = {"thoughts_per_row": len(thoughts) / len(texts), "thoughts_opened": sum(map(bool, texts)) / len(texts)}
-    if thoughts:
-        values["thoughts_closed"] = sum(thought.is_closed for thought in thoughts) / len(thoughts)
-        values["thought_tokens"] = sum(thought.num_tokens for thought in thoughts) / len(thoughts)
-    return values
+    count = max(1, len(thoughts))
+    return {
+        "thoughts_per_row": len(thoughts) / len(texts),
+        "thoughts_opened": sum(map(bool, texts)) / len(texts),
+        "thoughts_closed": sum(thought.is_closed for thought in thoughts) / count,
+        "thought_tokens": sum(thought.num_tokens for thought in thoughts) / count,
+    }
