@@ -44,3 +44,14 @@ def test_what_the_arms_on_a_pretrained_model_differ_in() -> None:
         "smollm2_thoughts_mean": {"tokens.init.method": "mean"},
         "smollm2_thoughts_random": {"tokens.init.method": "random"},
     }
+
+
+def test_what_the_arms_of_the_default_runs_ablation_differ_in() -> None:
+    assert arms("sweep=thoughts_faded") == {
+        "null": {},
+        "without_thoughts": NO_TOKENS,
+        "thoughts_faded": {
+            "data.thought_schedule": {"tokens_per_epoch": 3},
+            "checkpoint.metric_for_best_model": "eval/validation/exact_match",
+        },
+    }
