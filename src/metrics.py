@@ -177,8 +177,8 @@ def answer(text: str, pattern: str | None) -> str | None:
     text = nfc(text)
     if pattern is None:
         return text.strip()
-    groups = Pattern("data.answer_pattern", nfc(pattern)).groups(text)
-    return groups[-1].strip() if groups and groups[-1] is not None else None
+    matches = Pattern("data.answer_pattern", nfc(pattern)).matches(text)
+    return matches[-1][1].strip() if matches and matches[-1][1] is not None else None
 
 
 def _has_answer(reference: str, answer_pattern: str | None) -> bool:

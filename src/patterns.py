@@ -28,20 +28,15 @@ class Pattern:
         except (regex.error, RecursionError, OverflowError) as error:
             raise ConfigError(f"{key} = {pattern} is no regular expression: {error}") from error
 
-    def sub(self, replacement: Callable[[Any], str] | str, text: str) -> str:
-        """Return a text with all matches replaced. All methods raise LimitError where a pattern takes too long."""
-        with self._limited(text):
-            return self._compiled.sub(replacement, text, timeout=SECONDS)
-
     def is_in(self, text: str) -> bool:
-        """Return whether there is a match in a text."""
+        """Return whether there is a match in a text. All methods raise LimitError where a pattern takes too long."""
         with self._limited(text):
             return self._compiled.search(text, timeout=SECONDS) is not None
 
-    def groups(self, text: str) -> list[str | None]:
-        """Return the first group of each match in a text."""
+    def matches(self, text: str) -> list[Any]:
+        """Return the matches in a text, which are as those of `re`."""
         with self._limited(text):
-            return [match.group(1) for match in self._compiled.finditer(text, timeout=SECONDS)]
+            return list(self._compiled.finditer(text, timeout=SECONDS))
 
     @contextmanager
     def _limited(self, text: str) -> Iterator[None]:

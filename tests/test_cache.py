@@ -141,7 +141,11 @@ SHAPING = {
     "completion": (["data.completion_template=' {completion}'"], lambda rows: rows.completion(0)[0] == " "),
     "tags": (["tokens=hcot"], lambda rows: rows.completion(0) == "<hCoT>0 and one</hCoT>1"),
     "no thoughts": (["data.thoughts=drop"], lambda rows: rows.completion(0) == "1"),
-    "pattern": (["data.thought_pattern='<ToW>(.*?) '"], lambda rows: rows.reference(0) == "and one</ToW>1"),
+    "pattern": (["data.thought_pattern='<ToW>(?:. and )?(.*?)</ToW>'"], lambda rows: "<ToW>one" in rows.completion(0)),
+    "malformed": (
+        ["data.thought_pattern='<ToW>(.*?) '", "data.malformed_thoughts=keep"],
+        lambda rows: rows.reference(0) == "and one</ToW>1",
+    ),
     "length": (["data.max_seq_length=12"], lambda rows: max(rows.lengths) == 12),
     "overflow": (
         ["data.max_seq_length=12", "data.overflow=truncate_prompt"],

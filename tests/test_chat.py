@@ -432,7 +432,7 @@ def test_white_space_that_only_the_last_turn_has_is_not_looked_for_in_others(tmp
 @pytest.mark.parametrize("end", ["</ToW>", "<|turn|>", "<|im_end|>", "</s>"])
 def test_an_added_token_at_the_end_of_an_answer_is_not_the_end_of_the_turn(tmp_path: Path, end: str) -> None:
     tokenizer = with_template(NO_END)
-    rows = train_set(tmp_path, tokenizer, [chat("a", f"b{end}")], "tokens=tow")
+    rows = train_set(tmp_path, tokenizer, [chat("a", f"b{end}")], "tokens=tow", "data.malformed_thoughts=keep")
     assert learned(tokenizer, rows) == [f"b{end}\n</s>"]
     assert rows[0].input_ids[-1] == tokenizer.eos_token_id
 

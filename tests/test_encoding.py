@@ -243,7 +243,7 @@ def check_spans(kind: str, row: EncodedRow) -> None:
     opened, closed = made(kind).convert_tokens_to_ids(list(TAGS))
     ids = row.input_ids if row.target_ids is None else row.target_ids
     at = max(1, row.prompt_length) if row.target_ids is None else int(KINDS[kind].adds_bos)
-    goes_on = at == 1 and row.prompt_length == 0 and ids[0] == opened  # the tag itself is not learned
+    first = at  # here a thought may go on: its tag is in the prompt, or is the very first id, which is not learned
     for span_kind, start, stop in row.spans:
         assert start == at < stop
         at, inside = stop, ids[start:stop]
@@ -251,7 +251,7 @@ def check_spans(kind: str, row: EncodedRow) -> None:
             assert opened not in inside
         else:
             assert span_kind == THOUGHT
-            assert inside[0] == opened or (goes_on and start == 1)
+            assert inside[0] == opened or start == first
             assert closed not in inside[:-1]
             assert inside[-1] == closed or stop == len(ids)
     assert at == len(ids)

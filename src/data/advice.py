@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from src.config.schema import DataConfig, RunConfig
+from src.config.schema import DataConfig, ModelType, RunConfig
 from src.data.chat import ENDLESS, NOT_SUPERVISED
 from src.data.chat_render import CHANGED, MISSING, TRIMMED
 from src.data.dataset import Data, is_chat
 from src.data.encoding import Encoder
 from src.data.report import SplitReport
+from src.data.sets import EncodedSet
+from src.data.thought_finder import ANSWERLESS, CUT, IN_PROMPT
 from src.util import plural
 
 MARK = re.compile(
@@ -20,6 +22,9 @@ MARK = re.compile(
     r"|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<｜[^｜<>]{1,40}｜>"
 )
 """What the chat templates of well-known model families write between the messages."""
+
+THOUGHT_MARK = re.compile(r"<(?i:think|thinking|thoughts?|reasoning|tow|h?cot)>|\[(?i:think|thought)\]")
+"""What well-known models and data sets open a thought with."""
 
 MARK_ROWS = 1000  # the first rows of a set, which are searched for such marks
 
@@ -44,6 +49,7 @@ def advice(config: RunConfig, data: Data, tokenizer: Any) -> list[Finding]:
     return [
         *(finding for of_set in changes for finding in about_template(*of_set)),
         *(finding for name, report in data.reports.items() for finding in _about_keys(name, report)),
+        *(finding for name, report in data.reports.items() for finding in _about_thoughts(config, name, report)),
         *_about_marks(config, data),
         *_about_unused_template(config, tokenizer),
         *_about_tokens(config, data),
@@ -97,6 +103,30 @@ def _about_keys(name: str, report: SplitReport) -> Iterator[Finding]:
         yield Finding(Level.warning if is_of_message else Level.note, text)
 
 
+def _about_thoughts(config: RunConfig, name: str, report: SplitReport) -> Iterator[Finding]:
+    """Report what is wrong with thoughts, rows that are cut inside one, and a pattern that finds none."""
+    limit = "data.max_target_length" if config.model.type is ModelType.encoder_decoder else "data.max_seq_length"
+    for kind, count in report.about_thoughts.items():
+        level, text = ABOUT_THOUGHTS.get(kind, (Level.warning, f"a thought is {kind}: {OF_MALFORMED}"))
+        places = ", ".join(report.about_thoughts_places[kind])
+        yield Finding(level, f"{name}: in {plural(count, 'row')} ({places}) {text.format(limit=limit)}")
+    patterns = [source.thought_pattern for source in _sections(config).values()]
+    if name == "train" and any(patterns) and not report.thoughts and config.thought_tags is None:
+        yield Finding(Level.warning, f"{name}: data.thought_pattern finds no thought in any row")
+
+
+OF_MALFORMED = "a stray tag is learned; data.malformed_thoughts=drop leaves such rows out"
+ABOUT_THOUGHTS = {
+    CUT: (
+        Level.warning,
+        "the end is cut off inside a thought: neither its end nor an answer is learned; raise {limit}, or "
+        "data.overflow=drop leaves such rows out",
+    ),
+    ANSWERLESS: (Level.warning, "the answer is nothing but thoughts; does data.thought_pattern match too much?"),
+    IN_PROMPT: (Level.note, "the prompt holds a thought's tag: it is fed as that token, and not supervised"),
+}
+
+
 def _about_marks(config: RunConfig, data: Data) -> Iterator[Finding]:
     """Warn of chat marks in the data that are ordinary text for this tokenizer."""
     remedy = "data=messages writes chats in the model's own template; data.system_prompt makes chats of pairs"
@@ -105,14 +135,21 @@ def _about_marks(config: RunConfig, data: Data) -> Iterator[Finding]:
             if marks := _marks(getattr(source, name) or "", data.encoder):
                 text = f"{key}.{name} writes {_named(marks)}"
                 yield Finding(Level.warning, f"{text}: ordinary text here, no turns of a chat; {remedy}")
+    of_thoughts = "ordinary text here, no thought; data.thought_pattern finds thoughts, as '<think>(.*?)</think>' does"
     for rows in [data.train.first, *data.validation.values(), *data.test.values()]:
         to_search = [i for i in range(min(len(rows), MARK_ROWS)) if not rows.is_rendered(i)]
         found = {i: _marks(rows.prompt(i) + rows.completion(i), data.encoder) for i in to_search}
-        if marked := {i: marks for i, marks in found.items() if marks}:
-            first = next(iter(marked))
-            text = f"{rows.name}: {plural(len(marked), 'row')} of the first {MARK_ROWS:,} hold {_named(marked[first])}"
-            text += f" ({rows.place(first)}): ordinary text here, no turns of a chat; {remedy}"
-            yield Finding(Level.warning, text)
+        yield from _about_marked(rows, found, f"ordinary text here, no turns of a chat; {remedy}")
+        found = {i: _marks(rows.completion(i), data.encoder, THOUGHT_MARK) for i in to_search}
+        yield from _about_marked(rows, found, of_thoughts)
+
+
+def _about_marked(rows: EncodedSet, found: Mapping[int, list[str]], what: str) -> Iterator[Finding]:
+    marked = {i: marks for i, marks in found.items() if marks}
+    if marked:
+        first = next(iter(marked))
+        text = f"{rows.name}: {plural(len(marked), 'row')} of the first {MARK_ROWS:,} hold {_named(marked[first])}"
+        yield Finding(Level.warning, f"{text} ({rows.place(first)}): {what}")
 
 
 def _sections(config: RunConfig) -> dict[str, DataConfig]:
@@ -121,9 +158,9 @@ def _sections(config: RunConfig) -> dict[str, DataConfig]:
     return {"data": config.data} | {f"data.mixture.{name}": source.data for name, source in sources.items()}
 
 
-def _marks(text: str, encoder: Encoder) -> list[str]:
-    """Return the distinct chat marks in a text that are ordinary text for this tokenizer."""
-    marks = list(dict.fromkeys(MARK.findall(text)))
+def _marks(text: str, encoder: Encoder, mark: re.Pattern[str] = MARK) -> list[str]:
+    """Return the distinct marks in a text that are ordinary text for this tokenizer."""
+    marks = list(dict.fromkeys(mark.findall(text)))
     encoded = encoder.encode_texts(marks, is_rendered=False) if marks else []
     return [mark for mark, ids in zip(marks, encoded, strict=True) if len(ids) > 1]
 

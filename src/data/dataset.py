@@ -1,7 +1,6 @@
 """From a configuration to sets of encoded rows and their reports: sources, formats, encoding, splits, in this order."""
 
 import hashlib
-import re
 import sys
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -151,15 +150,8 @@ def build_evaluated(
 
 
 def without_thoughts(config: RunConfig) -> RunConfig:
-    """Return a configuration whose rows are written without their thoughts, and are the same otherwise.
-
-    Where the data has no pattern for them, they are what stands between the tags.
-    """
-    data, tags = config.data, config.thought_tags
-    pattern = data.thought_pattern
-    if pattern is None and tags is not None:
-        pattern = "(.*?)".join(map(re.escape, tags))
-    return replace(config, data=replace(data, thoughts=Thoughts.drop, thought_pattern=pattern))
+    """Return a configuration whose rows are written without their thoughts, and are the same otherwise."""
+    return replace(config, data=replace(config.data, thoughts=Thoughts.drop))
 
 
 class _Builder:

@@ -12,6 +12,7 @@ from typing import Any
 from src.config.schema import Overflow
 from src.data.examples import Example
 from src.data.text_encoder import PROBE, TextEncoder, last_turn, tokenizer_errors
+from src.data.thought_finder import CUT
 from src.errors import TokenError
 
 Span = tuple[int, int, int]
@@ -47,7 +48,7 @@ class EncodedRow:
 
     `input_ids` are prompt and completion of a causal model, or an encoder's input; `target_ids` a decoder's, None for a
     causal model. `spans` are (kind, start, stop) of the supervised positions, in order, within the target or else the
-    input. `prompt_length` counts the ids that generation is fed.
+    input. `prompt_length` counts the ids that generation is fed. `about_thoughts`: see thought_finder.
     """
 
     input_ids: list[int]
@@ -56,6 +57,7 @@ class EncodedRow:
     prompt_length: int
     is_truncated: bool
     num_control_tokens: int
+    about_thoughts: tuple[str, ...] = ()
 
     @property
     def is_supervised(self) -> bool:
@@ -128,21 +130,24 @@ class Encoder(TextEncoder):
             cuts = self.cuts(ids, self._spans(ids, supervised), gone)
             ids, prompt_length = without(ids, cuts), moved(prompt_length, cuts)
             supervised = [(moved(start, cuts), moved(stop, cuts)) for start, stop in supervised]
-        excess = len(ids) - lengths.sequence
+        spans, excess = self._spans(ids, supervised), len(ids) - lengths.sequence
         if excess > 0:
             if lengths.overflow in (Overflow.drop, Overflow.error):
                 return None
             if lengths.overflow is Overflow.truncate_prompt:
                 cut = max(0, min(excess, prompt_length - first))
                 ids = ids[:first] + ids[first + cut :]
-                supervised = [(max(first, start - cut), max(first, stop - cut)) for start, stop in supervised]
+                # of a thought that lost its beginning the rest is not supervised, its closing tag least of all
+                whole = [span for span in spans if span[0] != THOUGHT or span[1] - cut >= first]
+                spans = [(kind, max(first, start - cut), stop - cut) for kind, start, stop in whole]
                 prompt_length -= cut
             ids = ids[: lengths.sequence]
             prompt_length = min(prompt_length, len(ids))
-        supervised = [(start, min(stop, len(ids))) for start, stop in supervised]
         # nothing before the very first id predicts it
-        spans = [(kind, max(1, start), stop) for kind, start, stop in self._spans(ids, supervised) if stop > 1]
-        return EncodedRow(ids, None, spans, prompt_length, excess > 0, num_control)
+        cut_spans = ((kind, max(1, start), min(stop, len(ids))) for kind, start, stop in spans)
+        spans = [(kind, start, stop) for kind, start, stop in cut_spans if start < stop]
+        about = self._about_cut(ids, spans) if excess > 0 else ()
+        return EncodedRow(ids, None, spans, prompt_length, excess > 0, num_control, about)
 
     def _encoder_decoder_row(
         self, example: Example, segments: list[list[int]], num_control: int, lengths: Lengths, gone: Gone
@@ -170,7 +175,13 @@ class Encoder(TextEncoder):
             target = target[: lengths.target]
         input_ids = [*self._prefix, *prompt, *self._suffix]
         spans = self._spans(target, [(len(self.target_prefix), len(target))]) if stop > first else []
-        return EncodedRow(input_ids, target, spans, len(input_ids), is_long, num_control)
+        about = self._about_cut(target, spans) if is_long else ()
+        return EncodedRow(input_ids, target, spans, len(input_ids), is_long, num_control, about)
+
+    def _about_cut(self, ids: list[int], spans: list[Span]) -> tuple[str, ...]:
+        """Return what to count of a row that is cut: whether its end is inside a thought."""
+        is_inside = bool(spans) and spans[-1][0] == THOUGHT and spans[-1][2] == len(ids)
+        return (CUT,) if is_inside and self.tag_ids is not None and ids[-1] != self.tag_ids[1] else ()
 
     def cuts(self, ids: Sequence[int], spans: Sequence[Span], gone: Gone) -> list[Cut]:
         """Return what is gone of the thoughts of a row (of an encoder-decoder's target) that has them whole."""
@@ -187,12 +198,20 @@ class Encoder(TextEncoder):
         return [(start + (ids[start] == opened), stop - 1) for start, stop in thoughts]
 
     def _spans(self, ids: list[int], supervised: list[tuple[int, int]]) -> list[Span]:
-        """Split the supervised parts into thoughts, from tag to tag, and answers."""
+        """Split the supervised parts into thoughts, from tag to tag, and answers.
+
+        One that a generation prompt has opened (DeepSeek R1's does) begins with what is supervised.
+        """
         if self.tag_ids is None:
             return [(ANSWER, start, stop) for start, stop in supervised if stop > start]
         open_id, close_id = self.tag_ids
-        spans = []
+        spans, before = [], 0
         for start, stop in supervised:
+            closed = _find(ids, close_id, start, stop)
+            if closed < _find(ids, open_id, start, stop) and _last_of(ids[before:start], self.tag_ids) == open_id:
+                spans.append((THOUGHT, start, closed + 1))
+                start = closed + 1
+            before = stop
             while start < stop:
                 opened = _find(ids, open_id, start, stop)
                 if opened > start:
@@ -223,6 +242,11 @@ def _find(ids: list[int], wanted: int, start: int, stop: int) -> int:
         return ids.index(wanted, start, stop)
     except ValueError:
         return stop
+
+
+def _last_of(ids: list[int], wanted: tuple[int, int]) -> int | None:
+    """Return the last of the ids that is one of those wanted; None where there is none."""
+    return next((i for i in reversed(ids) if i in wanted), None)
 
 
 def _special_ids(ids: list[int], tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -1,7 +1,7 @@
 """Records to examples: thoughts are written or dropped, templates filled, chats rendered by the model's template."""
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from itertools import compress
 from typing import Any, NamedTuple
 
@@ -14,8 +14,8 @@ from src.data.formats import BadRow, Chat, Pair, field, load_format
 from src.data.formats.messages import ROLES, SUPERVISION_KEYS, THOUGHT, form_of
 from src.data.readers.record import Record
 from src.data.text_encoder import Segment, last_turn
-from src.data.thoughts import count_thoughts, join_texts, leave_out
-from src.patterns import Pattern
+from src.data.thought_finder import ANSWERLESS, IN_PROMPT, FoundThoughts, ThoughtFinder
+from src.data.thoughts import count_thoughts, leave_out
 
 FILLER = "-"  # in place of a missing answer of a row to predict, so that its format reads it; no model sees it
 
@@ -28,7 +28,8 @@ class Example(NamedTuple):
     adds. EOS follows as an id where `needs_eos`: a chat template has its own ends of turns. `changes` names what the
     template does to the texts of the messages (see chat.RenderedChat), `unread` the keys of the row that nothing reads.
     `weight` is the row's in the loss; None: it has none of its own, which is 1.
-    `chat` is what the template rendered.
+    `chat` is what the template rendered. `num_thoughts` counts the thoughts in the data, also where they are dropped;
+    `about_thoughts` names what is wrong with them, and what else is counted of them (see thought_finder).
     """
 
     segments: tuple[Segment, ...]
@@ -41,6 +42,8 @@ class Example(NamedTuple):
     unread: tuple[str, ...] = ()
     weight: float | None = None
     chat: Chat | None = None
+    num_thoughts: int = 0
+    about_thoughts: tuple[str, ...] = ()
 
     @property
     def supervised_text(self) -> str:
@@ -50,16 +53,24 @@ class Example(NamedTuple):
 class ExampleBuilder:
     """Builds examples of the records of one source.
 
-    Thoughts are written between the tags, without tags they are dropped. With `to_predict` a record may lack its
-    answer, which takes no room in the example.
+    Thoughts are written between the tags, without tags they are dropped. `known_tags` are those of the tokens, also
+    where thoughts are dropped; by default `tags`. With `to_predict` a record may lack its answer, which takes no room
+    in the example.
     """
 
     def __init__(
-        self, data: DataConfig, tags: tuple[str, str] | None, template: ChatTemplate | None, *, to_predict: bool = False
+        self,
+        data: DataConfig,
+        tags: tuple[str, str] | None,
+        template: ChatTemplate | None,
+        *,
+        known_tags: tuple[str, str] | None = None,
+        to_predict: bool = False,
     ) -> None:
         self._read = load_format(data.format)
         self._data = data
-        self._thought = None if data.thought_pattern is None else Pattern("data.thought_pattern", data.thought_pattern)
+        self._known_tags = known_tags or tags or ()
+        self._finder = ThoughtFinder(data.thought_pattern, known_tags or tags, data.malformed_thoughts)
         self._tags, self._template, self._to_predict = tags, template, to_predict
         self._prompt_role, self._completion_role = roles(data.format)[0], roles(data.format)[-1]
 
@@ -88,18 +99,15 @@ class ExampleBuilder:
     def _example(self, fields: dict[str, Any]) -> Example:
         parsed = self._read(fields, self._data)
         if isinstance(parsed, Chat):
-            wanted = parsed.is_supervised
-            if self._data.supervised_turns is SupervisedTurns.last:
-                wanted = [False] * (len(wanted) - 1) + wanted[-1:]
-            messages = [self._with_thoughts(message) for message in parsed.messages]
-            return self._rendered(Chat(messages, wanted, parsed.unread))
+            return self._chat(parsed)
         pair = self._pair(parsed)
         if self._data.system_prompt is None:
             return pair
         messages = [{"role": "user", "content": pair.prompt}, {"role": "assistant", "content": pair.completion}]
         if self._data.system_prompt:
             messages.insert(0, {"role": "system", "content": self._data.system_prompt})
-        return self._rendered(Chat(messages, [True], pair.unread))._replace(was_cleaned=pair.was_cleaned)
+        of_pair = {name: getattr(pair, name) for name in ("was_cleaned", "num_thoughts", "about_thoughts")}
+        return self._rendered(Chat(messages, [True], pair.unread))._replace(**of_pair)
 
     def _rendered(self, chat: Chat) -> Example:
         assert self._template is not None
@@ -107,55 +115,59 @@ class ExampleBuilder:
 
     def _pair(self, pair: Pair) -> Example:
         parts, role, template = pair.parts, self._completion_role, self._data.completion_template
+        found = self._finder.find(parts[role] if template is None else fill(template, parts))
+        about = self._finder.check(found)
         if self._prompt_role == self._completion_role:
             prompt = ""
         elif self._data.prompt_template is not None:
             prompt = fill(self._data.prompt_template, parts)
         else:
             prompt = parts[self._prompt_role]
-
-        def filled(text: str) -> str:
-            return text if template is None else fill(template, parts | {role: text})
-
+        if self._prompt_role != self._completion_role:
+            about += [*self._about_prompt(prompt), *_about_answer(found)]
         before = prompt if self._data.system_prompt is None else ""  # a message begins anew
-        reference = self._without_thoughts(parts[role], before, filled)
-        completion = reference if self._tags is None else filled(self._written(parts[role]))
-        return pair_example(prompt, completion)._replace(
-            reference=reference, was_cleaned=pair.was_cleaned, unread=pair.unread
+        return pair_example(prompt, found.written(self._tags, before))._replace(
+            reference=found.written(None, before),
+            was_cleaned=pair.was_cleaned,
+            unread=pair.unread,
+            num_thoughts=len(found.thoughts),
+            about_thoughts=tuple(about),
         )
 
-    def _written(self, text: str) -> str:
-        """Return a text with every thought as the model is to write it."""
-        if self._tags is None:
-            return self._without_thoughts(text, "")
-        if self._thought is None:
-            return text
-        opening, closing = self._tags
-        return self._thought.sub(lambda match: f"{opening}{match.group(1) or ''}{closing}", text)
+    def _about_prompt(self, prompt: str) -> list[str]:
+        return [IN_PROMPT] if any(tag in prompt for tag in self._known_tags) else []
 
-    def _without_thoughts(self, text: str, before: str, filled: Callable[[str], str] = lambda text: text) -> str:
-        """Return a text without its thoughts, `filled` into its template, after the text `before` it."""
-        whole = filled(text)
-        if self._thought is None:
-            return whole
-        place = next(mark for mark in map(chr, range(0xF0000, 0x110000)) if mark not in whole)  # of private use
-        return join_texts(filled(self._thought.sub(place, text)).split(place), before)
+    def _chat(self, chat: Chat) -> Example:
+        messages, about, num_thoughts, turn = list[dict[str, str]](), list[str](), 0, 0
+        for message in chat.messages:
+            if message["role"] != "assistant":
+                about += self._about_prompt(message["content"])
+                messages.append(message)
+                continue
+            turn += 1
+            written, found = self._with_thoughts(message)
+            about += self._finder.check(found, f"the assistant's turn {turn}: ")
+            about += _about_answer(found)
+            num_thoughts += len(found.thoughts)
+            messages.append(written)
+        wanted = chat.is_supervised
+        if self._data.supervised_turns is SupervisedTurns.last:
+            wanted = [False] * (len(wanted) - 1) + wanted[-1:]
+        example = self._rendered(Chat(messages, wanted, chat.unread))
+        return example._replace(num_thoughts=num_thoughts, about_thoughts=tuple(dict.fromkeys(about)))
 
-    def _with_thoughts(self, message: dict[str, str]) -> dict[str, str]:
-        """Return an assistant's message with its thoughts as they are to be trained on.
+    def _with_thoughts(self, message: dict[str, str]) -> tuple[dict[str, str], FoundThoughts]:
+        """Return an assistant's message with its thoughts as they are to be trained on, and what was found in it.
 
         A thought apart from the content is written between the tags, in front of it; without tags it is left to the
         chat template, unless thoughts are dropped.
         """
-        if message["role"] != "assistant":
-            return message
-        content, thought = self._written(message["content"]), message.get(THOUGHT)
-        if thought is not None and self._tags is not None:
-            opening, closing = self._tags
-            return {"role": "assistant", "content": f"{opening}{thought}{closing}{content}"}
-        if thought is not None and self._data.thoughts is Thoughts.drop:
-            return {"role": "assistant", "content": join_texts(["", content], "")}
-        return message | {"content": content}
+        content = found = self._finder.find(message["content"])
+        if (thought := message.get(THOUGHT)) is not None:
+            found = FoundThoughts(["", *content.between], [thought, *content.thoughts])
+            if self._tags is None and self._data.thoughts is not Thoughts.drop:
+                return message | {"content": content.written(None, before="")}, found
+        return {"role": "assistant", "content": found.written(self._tags, before="")}, found
 
 
 def pair_example(prompt: str, completion: str) -> Example:
@@ -216,6 +228,10 @@ def _supervised_texts(chat: Chat) -> Iterator[str]:
     """Yield the contents of the messages that the row wants supervised."""
     texts = (message["content"] for message in chat.messages if message["role"] == "assistant")
     yield from compress(texts, chat.is_supervised)
+
+
+def _about_answer(found: FoundThoughts) -> list[str]:
+    return [ANSWERLESS] if found.thoughts and not "".join(found.between).strip() else []
 
 
 def _with_answer(fields: dict[str, Any], data: DataConfig) -> tuple[dict[str, Any], bool]:

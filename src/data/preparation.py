@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from src.config import plugins
 from src.config.formats import declare_frozen, roles
-from src.config.schema import DataConfig, Overflow, TokensConfig, thought_tags
+from src.config.schema import DataConfig, Malformed, Overflow, TokensConfig, thought_tags
 from src.config.schema.fields import key_info
 from src.data.chat import ChatTemplate
 from src.data.encoding import EncodedRow, Encoder, Lengths
@@ -28,6 +28,7 @@ from src.data.formats import BadRow
 from src.data.readers.record import ENTRY_BYTES, ReadResult, Record, Unreadable, memory_of
 from src.data.store import DroppedRow, Encoded, FadingText, to_batch
 from src.data.text_encoder import BrokenTokenizerError
+from src.data.thought_finder import MALFORMED
 from src.errors import DataError, TokenError
 from src.patterns import at
 from src.util import plural
@@ -67,6 +68,11 @@ class EncodingConfig:
         opened, closed = self.tokenizer.convert_tokens_to_ids(list(self.tags))
         return opened, closed
 
+    @property
+    def known_tags(self) -> tuple[str, str] | None:
+        """The tags of the tokens, also where thoughts are dropped."""
+        return thought_tags(replace(self.data, thoughts=None), self.tokens)
+
     def settings(self) -> dict[str, Any]:
         """Return all that shapes a row but the tokenizer, as plain values.
 
@@ -76,7 +82,7 @@ class EncodingConfig:
             **_shaping(self.data),
             **{f"tokens.{name}": value for name, value in _shaping(self.tokens).items()},
             "roles": roles(self.data.format),
-            "tags": self.tags,
+            "tags": self.known_tags,
             "lengths": _shaping(self.lengths),
             **{flag: True for flag in ("to_predict", "keeps_texts") if getattr(self, flag)},
         }
@@ -116,23 +122,30 @@ class RowEncoder:
     def __init__(self, config: EncodingConfig) -> None:
         self._encoder = Encoder(config.tokenizer, config.tags)
         template = ChatTemplate(config.tokenizer, self._encoder.control_tokens) if config.is_chat else None
-        self._examples = ExampleBuilder(config.data, config.tags, template, to_predict=config.to_predict)
+        self._examples = ExampleBuilder(
+            config.data, config.tags, template, known_tags=config.known_tags, to_predict=config.to_predict
+        )
         self._lengths = config.lengths
         self._rewriter = Rewriter(config.tags, template) if config.keeps_texts and config.tags else None
+        self._drops_malformed = config.data.malformed_thoughts is Malformed.drop
 
     def encode_chunk(self, chunk: Records) -> EncodedChunk:
         """Format and encode a chunk; DataError where a row takes so much time or memory that many would stop all."""
-        bad, good = list[tuple[str, str]](), list[tuple[int, Record, Example]]()
+        bad, good, dropped = list[tuple[str, str]](), list[tuple[int, Record, Example]](), list[DroppedRow]()
         for ordinal, record in chunk:
             if isinstance(record, Unreadable):
                 bad.append((record.place, record.reason))
                 continue
             try:
                 with at("{0.place}".format, record):
-                    good.append((ordinal, record, self._examples.build(record)))
+                    example = self._examples.build(record)
+                if self._drops_malformed and not MALFORMED.keys().isdisjoint(example.about_thoughts):
+                    dropped.append(DroppedRow(ordinal, record.place, "malformed_thoughts"))
+                else:
+                    good.append((ordinal, record, example))
             except (BadRow, TokenError) as problem:
                 bad.append((record.place, str(problem)))
-        rows, dropped = list[Encoded](), list[DroppedRow]()
+        rows = list[Encoded]()
         for (ordinal, record, example), row in zip(good, self._encode(good), strict=True):
             if isinstance(row, TokenError):
                 bad.append((record.place, str(row)))

@@ -37,6 +37,9 @@ class SplitReport:
     tokens: int = 0
     supervised_tokens: int = 0
     thought_tokens: int = 0
+    thoughts: int = 0
+    about_thoughts: dict[str, int] = field(default_factory=dict)
+    about_thoughts_places: dict[str, list[str]] = field(default_factory=dict)
     lengths: dict[str, int] = field(default_factory=dict)
     control_tokens_as_text: int = 0
     rows_changed_by_tokenizer: int = 0
@@ -65,6 +68,8 @@ class SplitReport:
         self.control_tokens_as_text = rows.total("num_control_tokens")
         self.template_changes, self.template_change_places = rows.count_lines("changes")
         self.unread_keys, _ = rows.count_lines("unread")
+        self.thoughts = rows.total("num_thoughts")
+        self.about_thoughts, self.about_thoughts_places = rows.count_lines("about_thoughts")
         self.tokens = rows.num_tokens
         if len(rows):
             percentiles = np.percentile(rows.lengths + rows.target_lengths, [0, 50, 95, 100], method="nearest").tolist()

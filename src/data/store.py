@@ -45,6 +45,8 @@ SCHEMA = pa.schema(
         "unread": pa.string(),  # keys that nothing reads, one a line; null: none
         "weight": pa.float64(),  # in the loss; null: 1
         "fading": pa.string(),  # what the row is encoded of without some thoughts: see FadingText; null: never is
+        "num_thoughts": pa.int32(),  # in the data, also where they are dropped
+        "about_thoughts": pa.string(),  # what is wrong with them, one a line: see thought_finder; null: nothing
     }
 )
 
@@ -115,6 +117,8 @@ def to_batch(rows: Sequence[Encoded], fading: Mapping[int, FadingText] = Mapping
         "unread": ["\n".join(visible(key, is_line=True) for key in example.unread) or None for example in examples],
         "weight": [example.weight for example in examples],
         "fading": [fading[ordinal].to_json() if ordinal in fading else None for ordinal, _, _, _ in rows],
+        "num_thoughts": [example.num_thoughts for example in examples],
+        "about_thoughts": ["\n".join((*e.about_thoughts, *row.about_thoughts)) or None for _, _, e, row in rows],
     }
     return pa.record_batch(columns, schema=SCHEMA)
 

@@ -247,7 +247,7 @@ def _about_rows(config: RunConfig, data: Data, train: EncodedSet) -> Iterator[Fi
             limit = f"data.max_seq_length = {config.data.max_seq_length}"
             yield Finding(level, f"{name}: {_rows(report.rows_truncated)} ({share:.1%}) are cut at {limit}")
         for reason, count in report.rows_dropped.items():
-            if reason in ("too_long", "no_supervised_token"):
+            if reason in ("too_long", "no_supervised_token", "malformed_thoughts"):
                 places = ", ".join(report.dropped_places[reason][:3])
                 yield Finding(Level.warning, f"{name}: {_rows(count)} dropped, {reason.replace('_', ' ')}: {places}")
         if report.rows_cleaned:

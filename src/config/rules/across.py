@@ -41,8 +41,6 @@ def encoder_decoders_take_pairs(data: schema.DataConfig, model: schema.ModelConf
 def kept_thoughts_have_tags(data: schema.DataConfig, tokens: schema.TokensConfig) -> Problems:
     if data.thoughts is schema.Thoughts.keep and tokens.thought_open is None:
         yield Problem("data.thoughts", "nothing to write thoughts with: tokens.thought_open is null", "keep")
-    if data.thoughts is schema.Thoughts.keep and data.thought_pattern is None:
-        yield Problem("data.thoughts", "nothing to find thoughts with: data.thought_pattern is null", "keep")
 
 
 @applies_to("run")

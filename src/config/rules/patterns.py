@@ -20,12 +20,23 @@ def patterns_are_regular_expressions(data: DataConfig) -> Problems:
         if reason := _no_regular_expression(pattern):
             yield Problem(key, reason, pattern)
             continue
-        if re.compile(pattern).groups < 1:
+        compiled = re.compile(pattern)
+        if compiled.groups < 1:
             yield Problem(key, "needs a group: (…) around what it is looking for", pattern)
+        elif key.endswith("thought_pattern"):
+            yield from _problems_of_thoughts(key, compiled)
         try:
             Pattern(key, pattern)
         except ConfigError as error:  # of the engine that applies it to rows
             yield Problem(key, str(error).partition(" is no ")[2] or str(error), pattern)
+
+
+def _problems_of_thoughts(key: str, compiled: re.Pattern[str]) -> Problems:
+    if compiled.groups > 1 and "thought" not in compiled.groupindex:
+        reason = f"has {compiled.groups} groups, one of which is the thought: write the others as (?:…)"
+        yield Problem(key, f"{reason}, or name that one, (?P<thought>…)", compiled.pattern)
+    if compiled.search("") is not None:
+        yield Problem(key, "can match nothing, and would find a thought before every character", compiled.pattern)
 
 
 @applies_to("run")

@@ -18,6 +18,7 @@ from src.config.schema.data import (
     PLACEHOLDER,
     Batching,
     DataConfig,
+    Malformed,
     Overflow,
     Side,
     SourceConfig,

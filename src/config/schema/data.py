@@ -15,6 +15,7 @@ from src.config.schema.fields import BY_OUTCOME, READING_ROWS, DottedConfig, key
 
 SupervisedTurns = StrEnum("SupervisedTurns", "all last")
 Thoughts = StrEnum("Thoughts", "keep drop")
+Malformed = StrEnum("Malformed", "error drop keep")
 Overflow = StrEnum("Overflow", "truncate truncate_prompt drop error")
 Batching = StrEnum("Batching", "padded length_grouped packed")
 Side = StrEnum("Side", "left right")
@@ -105,6 +106,7 @@ class DataConfig:
     weight_column: str | None = key(default=None, resume=BY_OUTCOME, per_source=True)
     thought_dropout: float = _selection_key(checks.FRACTION, 0.0)
     thought_schedule: Any = _selection_key(SCHEDULE, None, form="ThoughtSchedule")
+    malformed_thoughts: Malformed = key(default=Malformed.keep, resume=BY_OUTCOME, per_source=True)
 
     def train_sources(self) -> dict[str, "TrainSource"]:
         """Return the sources of the train set by name: those of the mixture, or a single one called train."""
