@@ -104,6 +104,15 @@ def test_a_row_is_shown_as_several_epochs_have_it(here: Path, capsys: pytest.Cap
     ]
 
 
+def test_a_row_of_weight_0_is_dumped_as_one_that_is_not_learned(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": "p", "completion": "<ToW>a</ToW>b", "w": w} for w in (2, 0)]
+    text = said(capsys, *only(write_lines(here / "rows.jsonl", rows)), "data.weight_column=w", "preflight.dump=dump")
+    assert "error" not in text
+    learned, unlearned = read_lines(here / "dump")
+    assert learned["weights"] == [0, 0, 2, 2, 2, 2, 2]
+    assert (unlearned["weights"], unlearned["parts"], unlearned["spans"]) == ([0] * 7, [None] * 7, [])
+
+
 def test_a_streamed_set_is_dumped_whole(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = write_lines(here / "rows.jsonl", [{"prompt": f"{i}=", "completion": "x"} for i in range(1200)])
     overrides = [*only(rows), "data.streaming=true", "training.max_train_steps=3"]

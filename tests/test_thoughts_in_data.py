@@ -18,6 +18,7 @@ from src.data.sets import EncodedSet
 from src.data.thought_finder import ANSWERLESS, CUT, IN_PROMPT, NESTED, UNCLOSED, UNOPENED, around_group
 from src.data.tokenizer import load_tokenizer
 from src.errors import DataError
+from src.inspection.preview import dumped
 from tests.chat_templates import DEEPSEEK_R1
 from tests.conftest import admitted, write_lines
 from tests.test_advice import the_one
@@ -93,9 +94,9 @@ def test_thoughts_are_found_in_every_format(tmp_path: Path, name: str) -> None:
     for pattern in ["data.thought_pattern='<<(.*?)>>'"] if name == "gsm8k" else ["data.thought_pattern=null", TOW]:
         kept, dropped = (Built(tmp_path, [record], *overrides, pattern, f"data.thoughts={t}") for t in ("keep", "drop"))
         assert kept.spans() == spans
-        assert set(dropped.spans()) == {("answer", "ab  c</s>")}
+        assert set(dropped.spans()) == {("answer", "ab c</s>")}
         for found in (kept, dropped):
-            assert found.rows.reference(0) == "ab  c"
+            assert found.rows.reference(0) == "ab c"
             assert (found.report.thoughts, found.report.about_thoughts) == (count, {})
         assert kept.said() == []
 
@@ -250,3 +251,17 @@ def test_a_template_may_write_thoughts_of_its_own(tmp_path: Path) -> None:
     found = Built(tmp_path, pairs("<ToW>1</ToW>a"), "data=prompt_completion", template)
     assert found.spans()[:2] == [("thought", "<ToW>as always</ToW>"), ("thought", "<ToW>1</ToW>")]
     assert found.rows.reference(0) == "a"
+
+
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_bart"])
+def test_the_dump_has_what_the_loss_is_computed_by(tmp_path: Path, model: str) -> None:
+    rows = [{"prompt": "p", "completion": "<ToW>ab</ToW>cd<ToW></ToW><ToW>e</ToW>", "w": 2}]
+    weights = {"thought": 0.5, "thought_open": 3, "thought_close": 0, "after_thought": 7}
+    options = [f"loss.{part}_weight={weight}" for part, weight in weights.items()] + ["data.weight_column=w"]
+    found = Built(tmp_path, rows, "data=prompt_completion", f"model={model}", *options)
+    line = dumped(found.rows[0], found.config.loss)
+    opened, inner, closed, after = "thought_open", "thought", "thought_close", "after_thought"
+    parts = [opened, inner, inner, closed, after, "answer", opened, closed, opened, inner, closed, after]
+    first = 2 if model == "tiny_llama" else 1  # BOS and the prompt, or the decoder's first token
+    assert line["parts"] == [None] * first + parts
+    assert line["weights"] == [0] * first + [2 * (weights | {"answer": 1})[part] for part in parts]

@@ -104,19 +104,21 @@ def prove(rows: EncodedSet, scorer: AnswerScorer) -> Proof:
     proof, prompt_lengths = Proof(min(len(rows), MOST_CHECKED_ROWS)), rows.prompt_lengths().tolist()
     for start in range(0, proof.num_checked, ROWS_AT_ONCE):
         indices = range(start, min(start + ROWS_AT_ONCE, proof.num_checked))
-        supervised = {i: SupervisedIds.of(rows[i], prompt_lengths[i]) for i in indices}
+        each = {i: rows[i] for i in indices}
+        supervised = {i: SupervisedIds.of(row, prompt_lengths[i]) for i, row in each.items()}
         proof.num_with_end += sum(not stop_ids.isdisjoint(row.last) for row in supervised.values())
         complete = [i for i in indices if not rows.is_truncated(i)]
         proof.num_cut += len(indices) - len(complete)
         unlike = set(changed_rows(rows, complete, encoder))
         proof.unlike += sorted(unlike)
-        same = [i for i in complete if i not in unlike]
+        learned = [i for i in complete if each[i].weight]  # of a row of weight 0 nothing is supervised
+        same = [i for i in learned if i not in unlike]
         decoded = zip(same, decode_supervised([supervised[i] for i in same], encoder), strict=True)
         proof.wrong_mask += [i for i, text in decoded if not _matches_supervised_text(text, rows, i, encoder.eos_token)]
         if not rows.is_encoder_decoder:
             proof.seams += _seams(rows, complete, encoder)
         proof.altered += [i for i in indices if any(text.endswith((MISSING, CHANGED)) for text in rows.changes(i))]
-        _score_answers(rows, {i: supervised[i].last for i in complete}, scorer, proof)
+        _score_answers(rows, {i: supervised[i].last for i in learned}, scorer, proof)
     return proof
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from src.config.job import Job
+from src.config.schema import LossConfig
 from src.data.advice import Level
 from src.data.dataset import Data, build_data
-from src.data.encoding import SPAN_KINDS
+from src.data.encoding import IGNORE_INDEX, PARTS, SPAN_KINDS
+from src.data.sets import LabelledRow
 from src.data.tokenizer import load_tokenizer
 from src.errors import TowlineError
 from src.evaluation.generate import check_prompts
@@ -33,6 +35,7 @@ from src.model.untrained import stored_untrained_tokens
 from src.runtime.allocation import resident_bytes
 from src.runtime.collector import collect_from_here
 from src.tracking.console import Console
+from src.training.loss import part_weights
 
 
 def inspect_run(job: Job, console: Console, libraries_bytes: int) -> int:
@@ -81,33 +84,42 @@ def inspect_run(job: Job, console: Console, libraries_bytes: int) -> int:
     found.sort(key=lambda finding: list(Level).index(finding.level))
     code = show_findings(console, found, proofs, paint)
     if own.dump is not None:
-        console.label("dump", f"{dump(data, Path(own.dump)):,} rows of train in {own.dump}")
+        console.label("dump", f"{dump(data, config.loss, Path(own.dump)):,} rows of train in {own.dump}")
     write_report(folder / "preflight.json", data, found, forecast)
     console.label("written", f"{folder}/lengths.png, preflight.json")
     return code
 
 
-def dump(data: Data, file: Path) -> int:
-    """Write every encoded row of the train split, one JSON object a line, in the order of the files; count them.
-
-    `input_ids` and `labels` are not shifted; `spans` are what is supervised: kind, start and stop within labels. An
-    encoder-decoder's rows have `target_ids` too, which their labels belong to.
-    """
+def dump(data: Data, loss: LossConfig, file: Path) -> int:
+    """Write every encoded row of the train split, one JSON object a line, in the order of the files; count them."""
     count = 0
     try:
         with open(file, "w", encoding="utf-8") as lines:
             for rows in data.train.blocks():
-                for i in range(len(rows)):
-                    row = rows[i]
-                    spans = [{"kind": SPAN_KINDS[kind], "start": a, "stop": b} for kind, a, b in row.spans.tolist()]
-                    line: dict[str, Any] = {"input_ids": row.input_ids.tolist(), "labels": row.labels.tolist()}
-                    if row.target_ids is not None:
-                        line["target_ids"] = row.target_ids.tolist()
-                    lines.write(json.dumps(line | {"spans": spans}) + "\n")
+                lines.writelines(json.dumps(dumped(rows[i], loss)) + "\n" for i in range(len(rows)))
                 count += len(rows)
     except OSError as error:
         raise TowlineError(f"preflight.dump = {file} can't be written: {error.strerror}") from error
     return count
+
+
+def dumped(row: LabelledRow, loss: LossConfig) -> dict[str, Any]:
+    """Return an encoded row as JSON values.
+
+    `input_ids` and `labels` are not shifted; `spans` are what is supervised: kind, start and stop within labels. An
+    encoder-decoder's rows have `target_ids` too, which their labels belong to. `parts` and `weights` have an entry for
+    each label: null and 0 where it is not supervised, else the token's part, of PARTS, and its weight in the loss.
+    """
+    weights, is_supervised = part_weights(loss), (row.labels != IGNORE_INDEX).tolist()
+    parts = [part if here else None for part, here in zip(row.parts.tolist(), is_supervised, strict=True)]
+    return {
+        "input_ids": row.input_ids.tolist(),
+        "labels": row.labels.tolist(),
+        **({} if row.target_ids is None else {"target_ids": row.target_ids.tolist()}),
+        "spans": [{"kind": SPAN_KINDS[kind], "start": a, "stop": b} for kind, a, b in row.spans.tolist()],
+        "parts": [None if part is None else PARTS[part] for part in parts],
+        "weights": [0.0 if part is None else weights[part] * row.weight for part in parts],
+    }
 
 
 def write_report(file: Path, data: Data, found: Sequence[Any], forecast: Any) -> None:
