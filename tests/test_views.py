@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from src.config.schema import Overflow
-from src.data.encoding import ANSWER, THOUGHT, Encoder, Lengths
+from src.data.encoding import AFTER_THOUGHT, ANSWER, THOUGHT, THOUGHT_CLOSE, THOUGHT_OPEN, Encoder, Lengths
 from src.data.examples import Example
 from src.data.sets import LabelledRow
 from src.data.text_encoder import Segment
@@ -28,7 +28,8 @@ def test_a_row_is_its_pieces_and_other_thoughts_leave_the_rest(is_causal: bool) 
     ids = np.array([1, 5, OPEN, 3, CLOSE, OPEN, 4, CLOSE, 6, 2], dtype=np.int32)
     spans = np.array([[THOUGHT, 2, 5], [THOUGHT, 5, 8], [ANSWER, 8, 10]])
     labels = np.where(np.arange(10) < 2, -100, ids)
-    row = LabelledRow(ids if is_causal else np.array([7, 7]), labels, None if is_causal else ids, spans)
+    inputs, targets = (ids, None) if is_causal else (np.array([7, 7]), ids)
+    row = LabelledRow(inputs, labels, targets, spans, (OPEN, CLOSE))
     pieces = pieces_of(row, OPEN)
     assert [piece.kind for piece in pieces] == [NOT_SUPERVISED, THOUGHT, THOUGHT, ANSWER]
     again = joined(row, pieces)
@@ -40,7 +41,8 @@ def test_a_row_is_its_pieces_and_other_thoughts_leave_the_rest(is_causal: bool) 
     assert written.tolist() == [1, 5, OPEN, 3, 3, 3, CLOSE, OPEN, CLOSE, 6, 2]
     assert other.labels.tolist() == [-100, -100, OPEN, 3, 3, 3, CLOSE, OPEN, CLOSE, 6, 2]
     assert other.spans.tolist() == [[THOUGHT, 2, 7], [THOUGHT, 7, 9], [ANSWER, 9, 11]]
-    assert other.is_thought.tolist() == [False] * 2 + [True] * 7 + [False] * 2
+    inner, after = [THOUGHT] * 3, [AFTER_THOUGHT, ANSWER]
+    assert other.parts[2:].tolist() == [THOUGHT_OPEN, *inner, THOUGHT_CLOSE, THOUGHT_OPEN, THOUGHT_CLOSE, *after]
 
 
 def test_a_thought_that_begins_a_row_has_its_tag() -> None:
