@@ -157,13 +157,13 @@ class RowEncoder:
                 dropped.append(DroppedRow(ordinal, record.place, "too_long" if row is None else "no_supervised_token"))
         return EncodedChunk(to_batch(rows, self._fading(rows, bad)), len(chunk), dropped, bad)
 
-    def _fading(self, rows: Sequence[Encoded], bad: list[tuple[str, str]]) -> dict[int, FadingText]:
-        """Return what rows with thoughts are encoded of without some of them, by their ordinals.
+    def _fading(self, rows: Sequence[Encoded], bad: list[tuple[str, str]]) -> dict[int, FadingText] | None:
+        """Return what rows with thoughts are encoded of without some of them, by their ordinals; None: it is not kept.
 
         Those that can't be encoded without any are added to the bad ones: training must not stop at them.
         """
         if (rewriter := self._rewriter) is None:
-            return {}
+            return None
         found, thinking = dict[int, FadingText](), [row for row in rows if rewriter.num_thoughts(row[2])]
         examples = [example for _, _, example, _ in thinking]
         lengths = self._encoder.thought_lengths(examples, is_causal=self._lengths.target is None)

@@ -11,7 +11,7 @@ import numpy as np
 from src.data.encoding import AFTER_THOUGHT, ANSWER, IGNORE_INDEX, THOUGHT, THOUGHT_CLOSE, THOUGHT_OPEN
 from src.data.readers.record import place_of
 from src.data.splits import concatenate
-from src.data.store import FadingText, Shard, StoredBatch
+from src.data.store import FADING, FadingText, Shard, StoredBatch
 
 
 @dataclass(slots=True)
@@ -196,8 +196,8 @@ class EncodedSet:
         return (self._value(index, "changes") or "").splitlines()
 
     def fading(self, index: int) -> FadingText | None:
-        """Return what a row is encoded of without some of its thoughts; None where it is the same in each epoch."""
-        text = self._value(index, "fading")
+        """Return what a row is encoded of without some of its thoughts, in a set that varies; None: it has none."""
+        text = self._value(index, FADING.name)
         return None if text is None else FadingText.from_json(text)
 
     def is_truncated(self, index: int) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -44,11 +43,13 @@ SCHEMA = pa.schema(
         "changes": pa.string(),  # by the chat template, one a line: see chat.RenderedChat; null: none
         "unread": pa.string(),  # keys that nothing reads, one a line; null: none
         "weight": pa.float64(),  # in the loss; null: 1
-        "fading": pa.string(),  # what the row is encoded of without some thoughts: see FadingText; null: never is
         "num_thoughts": pa.int32(),  # in the data, also where they are dropped
         "about_thoughts": pa.string(),  # what is wrong with them, one a line: see thought_finder; null: nothing
     }
 )
+
+FADING = pa.field("fading", pa.string())
+"""The column of rows whose thoughts fade: what one is encoded of without some of them, see FadingText; null: never."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +94,8 @@ class FadingText:
         return cls(lengths, chat and Chat(*chat))
 
 
-def to_batch(rows: Sequence[Encoded], fading: Mapping[int, FadingText] = MappingProxyType({})) -> pa.RecordBatch:
-    """Return rows as columns; `fading` is of rows whose thoughts fade, by their ordinals."""
+def to_batch(rows: Sequence[Encoded], fading: Mapping[int, FadingText] | None = None) -> pa.RecordBatch:
+    """Return rows as columns; `fading` is of rows whose thoughts fade, by their ordinals; None: those of none do."""
     encoded = [row for _, _, _, row in rows]
     examples = [example for _, _, example, _ in rows]
     columns = {
@@ -116,11 +117,13 @@ def to_batch(rows: Sequence[Encoded], fading: Mapping[int, FadingText] = Mapping
         "changes": ["\n".join(example.changes) or None for example in examples],
         "unread": ["\n".join(visible(key, is_line=True) for key in example.unread) or None for example in examples],
         "weight": [example.weight for example in examples],
-        "fading": [fading[ordinal].to_json() if ordinal in fading else None for ordinal, _, _, _ in rows],
         "num_thoughts": [example.num_thoughts for example in examples],
         "about_thoughts": ["\n".join((*e.about_thoughts, *row.about_thoughts)) or None for _, _, e, row in rows],
     }
-    return pa.record_batch(columns, schema=SCHEMA)
+    if fading is None:
+        return pa.record_batch(columns, schema=SCHEMA)
+    texts = [fading[ordinal].to_json() if ordinal in fading else None for ordinal, _, _, _ in rows]
+    return pa.record_batch(columns | {FADING.name: texts}, schema=SCHEMA.append(FADING))
 
 
 def _lists(rows: list[list[int]]) -> pa.Array:
@@ -137,7 +140,7 @@ class RowWriter:
         self._folder = folder
         folder.mkdir(parents=True)
         self._sink = pa.OSFile(str(folder / ROWS), "wb")
-        self._writer = pa.ipc.new_file(self._sink, SCHEMA)
+        self._writer: pa.RecordBatchFileWriter | None = None  # its columns are those of the first rows
         self._hash = hashlib.sha256()
         self._pending: list[pa.RecordBatch] = []
 
@@ -153,13 +156,18 @@ class RowWriter:
             batch = pa.concat_batches(self._pending)
             self._pending = []
             update_digest(self._hash, batch)
-            self._writer.write_batch(batch)
+            self._open(batch.schema).write_batch(batch)
+
+    def _open(self, schema: pa.Schema) -> pa.RecordBatchFileWriter:
+        if self._writer is None:
+            self._writer = pa.ipc.new_file(self._sink, schema)
+        return self._writer
 
     def finish(self, stats: SourceStats) -> None:
         """Write the stats; their digest reveals rows that did not reach the disk in a power cut."""
         self._flush()
         stats.digest = self._hash.hexdigest()
-        self._writer.close()
+        self._open(SCHEMA).close()
         self._sink.close()
         (self._folder / STATS).write_text(json.dumps(dataclasses.asdict(stats)), encoding="utf-8")
 

@@ -46,6 +46,9 @@ def join_texts(texts: Sequence[str], before: str | None) -> str:
     context = before or ""
     text = context + texts[0]
     for i, after in enumerate(texts[1:], start=2):
+        if not (text[-1:].isspace() or after[:1].isspace()):
+            text += after
+            continue
         head, tail = text.rstrip(), after.lstrip()
         left, right = text[len(head) :], after[: len(after) - len(tail)]
         if not head and before is not None:
