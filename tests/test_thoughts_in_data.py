@@ -140,6 +140,8 @@ PATTERNS = {
     "alternatives": ("(?:<a>|<b>)(.*?)(?:</a>|</b>)", "<a>1</a>x<b>2</b>y", "<ToW>1</ToW>x<ToW>2</ToW>y"),
     "a line": (r"Thought: ([^\n]*)\n", "a\nThought: b\nc\n", "a\n<ToW>b</ToW>c\n"),
     "flags": (r"(?i)<think>(.*?)</think>", "<THINK>a</Think>b", "<ToW>a</ToW>b"),
+    "JSON": (r'\{"thought": "(.*?)"\}', '{"thought": "a"} {"answer": "b"}', '<ToW>a</ToW> {"answer": "b"}'),
+    "a bracket": (r"\((.*?)\)", "(a) b :)", "<ToW>a</ToW> b :)"),
     "none here": ("<think>(.*?)</think>", "a > b, [c] and <d>", "a > b, [c] and <d>"),
 }
 

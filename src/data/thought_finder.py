@@ -24,7 +24,8 @@ ANSWERLESS, IN_PROMPT, CUT = "without an answer", "tag in the prompt", "cut insi
 SYNTAX = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?P<\w+>|\(\?|[()|]", re.DOTALL)
 """What decides where a group of a regular expression begins and ends."""
 FLAGS = re.compile(r"\(\?[a-zA-Z]+\)")
-BRACKETS = re.compile(r"[<>\[\](){}«»‹›⟨⟩【】「」]")
+TELLING = re.compile(r"(?=.*[<>\[\](){}«»‹›⟨⟩【】「」])(?:.*\w.*|[^\"']{2,})", re.DOTALL)
+"""Matches a delimiter that stands for nothing else: `<think>` or `[[`, but not `)`, a line end, or JSON's `"}`."""
 
 
 class FoundThoughts(NamedTuple):
@@ -46,8 +47,7 @@ class ThoughtFinder:
     """Finds the thoughts of texts: the group of each match of a pattern, or, without one, what is between the tags.
 
     Also finds what is wrong with them: one inside another, and delimiters of which the other one is missing. The tags
-    are such delimiters, and so is what a pattern has before and after its group, where that is two characters or more
-    and has a bracket (`<think>`, `[[`): other texts, such as a line end, may well occur elsewhere.
+    are such delimiters, and so is what a pattern has before and after its group, where that is TELLING.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class _Delimiter:
         if self._tag and (at := text.find(self._tag, start)) >= 0:
             found.append((at, _Found(self._tag, at + len(self._tag))))
         for match in self._pattern.matches(text) if self._pattern else ():
-            if match.start() >= start and len(match[0].strip()) > 1 and BRACKETS.search(match[0]):
+            if match.start() >= start and TELLING.fullmatch(match[0].strip()):
                 found.append((match.start(), _Found(match[0], match.end())))
                 break
         return min(found, default=(0, None))[1]
