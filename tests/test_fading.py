@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from src.config.schema import RunConfig, ThoughtSchedule
+from src.data import stream
 from src.data.answers import strip_thoughts
 from src.data.batching import Position, windows
 from src.data.dataset import Data, TrainSet, build_data
@@ -275,7 +276,11 @@ def epochs_of(
 
 
 @pytest.mark.parametrize("how", ["padded", "length_grouped", "packed", "streamed"])
-def test_an_epoch_feeds_the_same_rows_in_every_way_and_from_every_position(how: str) -> None:
+def test_an_epoch_feeds_the_same_rows_in_every_way_and_from_every_position(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "BLOCK_ROWS", 15)
+    monkeypatch.setattr(stream, "CHUNK_ROWS", 7)
     ways = STREAMED if how == "streamed" else [f"data.batching={how}"]
     config, data = built(*FADES, *ways, "training.per_device_train_batch_size=3")
     expected = trained_on(*FADES)

@@ -49,10 +49,9 @@ class ThoughtFader:
         show_progress: Callable[[str], None],
     ) -> None:
         self._fading, self._encoder, self._rewriter, self.show_progress = fading, encoder, rewriter, show_progress
+        # what is too long with all its thoughts is dropped already
         overflow = lengths.overflow if lengths.overflow is Overflow.truncate_prompt else Overflow.truncate
-        self._lengths = replace(
-            lengths, overflow=overflow
-        )  # rows that are too long with all thoughts are dropped already
+        self._lengths = replace(lengths, overflow=overflow)
         self._sign = 1 if fading.side is Side.left else -1
 
     def settings(self) -> str:
