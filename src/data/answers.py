@@ -11,10 +11,15 @@ from src.data.thoughts import join_texts
 
 def strip_thoughts(text: str, tags: tuple[str, str] | None) -> str:
     """Return a text without its thoughts, joined as `join_texts` does; one that is never closed ends with the text."""
+    return join_texts(texts_between_thoughts(text, tags), before=None)
+
+
+def texts_between_thoughts(text: str, tags: tuple[str, str] | None) -> list[str]:
+    """Return what is before, between and after a text's thoughts, as it is written."""
     if tags is None or tags[0] not in text:
-        return text
+        return [text]
     opened, closed = map(re.escape, tags)
-    return join_texts(re.split(f"{opened}.*?(?:{closed}|\\Z)", text, flags=re.DOTALL), before=None)
+    return re.split(f"{opened}.*?(?:{closed}|\\Z)", text, flags=re.DOTALL)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from src.data.answers import AnswerFrame, strip_thoughts
+from src.data.answers import AnswerFrame, strip_thoughts, texts_between_thoughts
 from src.data.encoding import Encoder
 from src.data.sets import EncodedSet
 
@@ -46,7 +46,7 @@ class AnswerReader:
 
     def answer_text(self, generated: str) -> str:
         """Return the answer in a text that continues a prompt of this frame, up to the first stop text in it."""
-        text = self.frame.answer(strip_thoughts(generated, self.tags))
+        text = self._outside_thoughts(generated)
         return text[: min((at for stop in self.stop_texts if (at := text.find(stop)) >= 0), default=len(text))]
 
     def answer(self, rows: EncodedSet, index: int, generated: str) -> str:
@@ -97,8 +97,12 @@ class AnswerReader:
         if not self.end_texts:
             return False
         generated = self.encoder.decode(ids)
-        text = self.frame.answer(strip_thoughts(generated, self.tags)) if self.stop_texts else ""
+        text = self._outside_thoughts(generated) if self.stop_texts else ""
         return self.frame.is_over(generated) or any(stop in text for stop in self.stop_texts)
+
+    def _outside_thoughts(self, generated: str) -> str:
+        """Return the answer as it is written around thoughts: a stop text may begin before one and end after it."""
+        return self.frame.answer("".join(texts_between_thoughts(generated, self.tags)))
 
     def cut(self, completion: Completion) -> Completion:
         """Cut a completion after the token that completes the text that ends it."""
