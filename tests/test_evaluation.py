@@ -211,7 +211,7 @@ def test_evaluating_leaves_the_model_in_the_mode_it_was_in(runtime: Runtime) -> 
 def test_tags_that_stand_in_the_data_are_thoughts_in_references_too(runtime: Runtime) -> None:
     one, data = evaluator(runtime, "data.thought_pattern=null")
     rows = data.validation["validation"]
-    assert "<ToW>" in rows.reference(0)
+    assert "<ToW>" in rows.completion(0)
     assert one.reader.reference(rows, 0).isdigit()
 
 
