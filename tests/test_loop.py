@@ -416,6 +416,9 @@ def test_a_step_that_was_not_over_comes_again_and_one_that_was_does_not(runtime:
         (["training.num_train_epochs=2"], (0, 0), 10, 20),
         (["training.num_train_epochs=2.25"], (0, 0), 10, 23),
         (["training.num_train_epochs=0.01"], (0, 0), 10, 1),
+        (["training.num_train_epochs=1.1"], (0, 0), 10, 11),  # 1.1 - 1 is more than a tenth
+        (["training.num_train_epochs=2.1"], (0, 0), 10, 21),
+        (["training.num_train_epochs=2.1"], (14, 1), 6, 21),
         (["training.num_train_epochs=3"], (14, 1), 6, 30),
         (["training.num_train_epochs=3"], (14, 1), 3, 27),  # larger batches from here on
         (["training.num_train_epochs=1"], (14, 1), 6, 14),  # nothing is left to do

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from src.checkpoint.locate import LEAST_SHARE
 from src.checkpoint.store import AnySnapshot, Snapshot
 from src.config.schema import Attention, Batching, RunConfig, TrainingConfig
 from src.data.batching import BatchSampler, Position, steps_per_epoch
@@ -297,10 +298,9 @@ def _steps_of_epochs(config: RunConfig, train: EncodedSet, sampler: BatchSampler
     epochs = config.training.num_train_epochs
     for epoch in range(begin.epoch, math.ceil(epochs)):
         num_taken = begin.num_sequences if epoch == begin.epoch else 0
-        share = min(1.0, epochs - epoch)
         whole = steps_per_epoch(train, sampler, config.seed, epoch=epoch)
         left = steps_per_epoch(train, sampler, config.seed, num_taken, epoch)
-        step += max(0, left - math.floor((1 - share) * whole))
+        step += max(0, left + min(0, _steps_of(epochs - epoch - 1, whole)))
     return max(1, step)
 
 
@@ -317,8 +317,16 @@ def num_train_steps(
         return config.max_train_steps
     assert per_epoch is not None  # the gate asks for max_train_steps where the train set is streamed
     left = per_epoch if left_of_epoch is None else left_of_epoch
-    later = math.ceil((config.num_train_epochs - epoch - 1) * per_epoch)  # steps of the epochs after this one
+    later = _steps_of(config.num_train_epochs - epoch - 1, per_epoch)  # those of the epochs after this one
     return max(1, step, step + left + later)
+
+
+def _steps_of(epochs: float, per_epoch: int) -> int:
+    """Return the steps of a number of epochs, which is less than 0 where the epoch in progress is not trained whole.
+
+    The last step may be short, but a rounding error is none: 2.1 - 2 is more than a tenth.
+    """
+    return math.ceil(epochs * per_epoch - LEAST_SHARE)
 
 
 def build_train_state(
