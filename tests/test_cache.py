@@ -197,8 +197,10 @@ def test_a_new_key_shapes_rows_unless_it_says_otherwise(
         for _ in range(2):
             built(later(value))
     assert counted.times == 2
-    for value in (True, False):
-        built(later(value, shapes_rows=False))
+    for value in (None, None, True, False):  # at its default all is as without it
+        built(later(value, shapes_rows=value is None))
+    assert counted.times == 3
+    built(config)
     assert counted.times == 3
 
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 from src.config import plugins
 from src.config.formats import declare_frozen, roles
 from src.config.schema import DataConfig, Malformed, Overflow, TokensConfig, thought_tags
-from src.config.schema.fields import key_info
+from src.config.schema.fields import key_info, later_default
 from src.data.chat import ChatTemplate
 from src.data.encoding import EncodedRow, Encoder, Lengths
 from src.data.examples import Example, ExampleBuilder, Rewriter
@@ -76,7 +76,8 @@ class EncodingConfig:
     def settings(self) -> dict[str, Any]:
         """Return all that shapes a row but the tokenizer, as plain values.
 
-        A key of `data` or `tokens` is in it unless the schema says that it shapes no row, or is a field of this class.
+        A key of `data` or `tokens` is in it unless the schema says that it shapes no row, or is a field of this class,
+        or unless it is as if it were not there: then rows are those of an earlier version, which did not have it.
         """
         return {
             **_shaping(self.data),
@@ -93,7 +94,7 @@ def _shaping(section: Any) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key in fields(section):
         value, info = getattr(section, key.name), key_info(key)
-        if not info.shapes_rows or info.cache_key_field:
+        if not info.shapes_rows or info.cache_key_field or value == later_default(key):
             continue
         if is_dataclass(value):
             values |= {f"{key.name}.{name}": inner for name, inner in _shaping(value).items()}
