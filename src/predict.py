@@ -7,17 +7,18 @@ predict.output=DIR. force=true starts the sets named here anew.
 Prompts are exactly those of training, made of all rows of data.test_files (a list, or name: list; where none are given
 the run's own), unless data.limit is given here.
 - A row needs no answer: where it is missing or empty the reference is null, and its answers are not scored.
+- Where data.malformed_thoughts is error or drop, so is a row whose own answer has such thoughts: refused or left out.
 - Of a chat the assistant's last message is predicted; a chat may also end with the user.
 - An answer takes no room: a row is too long where its prompt alone fills data.max_seq_length. Then its start is cut
   (data.overflow=truncate, truncate_prompt), or the row is left out (drop) or refused (error), and a message says so.
 - A prompt that leaves the model no room for generation.max_new_tokens is refused before anything is generated.
 
 A set is <set>.jsonl with row (from 0), source (file:line), prompt, text (with thoughts), answer (without), reference
-and stop_reason (eos or length); with generation.num_return_sequences above 1 these are of the first sample, and samples
-has all of them. Once it is whole, <set>.csv has the same without samples, and metrics.json has eval/<set>/…. Rows are
-written a few batches at a time: the same command continues the same file where one was stopped, in whatever way. A
-whole set is left as it is. A set that another configuration, other rows or another model decided is not continued;
-<set>.json says what did.
+and stop_reason (eos or length), and with thought tags thoughts (num_tokens and is_closed of each); with
+generation.num_return_sequences above 1 these are of the first sample, and samples has all of them. Once it is whole,
+<set>.csv has the same without samples and thoughts, and metrics.json has eval/<set>/…. Rows are written a few batches
+at a time: the same command continues the same file where one was stopped, in whatever way. A whole set is left as it
+is. A set that another configuration, other rows or another model decided is not continued; <set>.json says what did.
 
 Exit code 0, 1 where it went wrong, 2 where the user can fix it, 75 where a signal stopped it.
 """

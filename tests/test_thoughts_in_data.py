@@ -18,6 +18,7 @@ from src.data.sets import EncodedSet
 from src.data.thought_finder import ANSWERLESS, CUT, IN_PROMPT, NESTED, UNCLOSED, UNOPENED, around_group
 from src.data.tokenizer import load_tokenizer
 from src.errors import DataError
+from src.evaluation.predictions import describe_rows
 from src.inspection.preview import dumped
 from tests.chat_templates import DEEPSEEK_R1
 from tests.conftest import admitted, write_lines
@@ -126,6 +127,9 @@ def test_malformed_thoughts_are_refused_by_place(
     assert [left.rows.place(i) for i in range(len(left.rows))] == [f"{tmp_path}/rows.jsonl:1"]
     assert left.report.rows_dropped == {"malformed_thoughts": 1}
     assert left.report.dropped_places == {"malformed_thoughts": [f"{tmp_path}/rows.jsonl:2"]}
+    assert describe_rows(left.rows) == f"1 rows\n{tmp_path}/rows.jsonl:2 left out: malformed thoughts"
+    with pytest.raises(DataError, match=r"1 malformed thoughts.*\n.*\nMend them .*malformed_thoughts=error"):
+        Built(tmp_path, records, *options, "data.malformed_thoughts=drop")
     kept = Built(tmp_path, records, *options, "data.malformed_thoughts=keep")
     assert (len(kept.rows), kept.report.about_thoughts[kind]) == (2, 1)
     assert the_one(kept.said(), f"train: in 1 row ({tmp_path}/rows.jsonl:2) a thought is {kind}") is Level.warning

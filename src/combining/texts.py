@@ -66,7 +66,7 @@ def report_dropped(name: str, num_dropped: int, console: Console) -> None:
     """Say how many rows of a set are not scored because they could not be encoded for every member."""
     if num_dropped:
         are = "row is" if num_dropped == 1 else "rows are"
-        console.warn(f"{name}: {num_dropped:,} {are} not scored: a member drops them, as too long or empty")
+        console.warn(f"{name}: {num_dropped:,} {are} not scored: a member drops them, as too long, empty or malformed")
 
 
 def predict_members(

@@ -21,7 +21,7 @@ from src.data.chat_render import set_chat_template
 from src.data.encoding import Encoder, Lengths
 from src.data.epochs import fader_of
 from src.data.groups import read_groups
-from src.data.preparation import EncodingConfig
+from src.data.preparation import MALFORMED_ROW, EncodingConfig
 from src.data.report import SplitReport, describe_fold
 from src.data.sets import EncodedSet
 from src.data.sources import HubSource, Source, file_hash, file_source
@@ -304,9 +304,14 @@ class _Builder:
             f"({', '.join(f'{count} {reason}' for reason, count in reasons.items())}), "
             f"{allowed if len(shard) else 'so nothing would be left'}.\n"
             f"{listed([row.place for row in dropped])}\n"
-            f"Raise data.max_seq_length (now {self.lengths.sequence}), choose another data.overflow, or allow a larger "
-            "fraction."
+            f"{self._against_dropping({row.reason for row in dropped})}, or allow a larger fraction."
         )
+
+    def _against_dropping(self, reasons: set[str]) -> str:
+        """Return what helps against dropping rows for these reasons."""
+        if reasons == {MALFORMED_ROW}:
+            return "Mend them (data.malformed_thoughts=error says what is wrong with each)"
+        return f"Raise data.max_seq_length (now {self.lengths.sequence}), choose another data.overflow"
 
     def _check_answers(self, rows: EncodedSet) -> None:
         """Raise DataError for rows whose answer can't be found, where answers are compared."""

@@ -36,6 +36,7 @@ from src.util import plural
 CHUNK_ROWS = 250  # rows encoded at once by a thread: what they take fits into a core's cache
 CHUNK_BYTES = 2**20  # of their fields, or one row that is larger
 BYTES_AHEAD = 8 * 2**20  # of the fields of all chunks being encoded: the tokenizer takes up to 150 times as much
+MALFORMED_ROW = "malformed_thoughts"  # why a row is dropped
 THREADS = min(5, os.cpu_count() or 1)  # of one process; Python's part, a fifth, runs in one thread at a time
 
 
@@ -141,7 +142,7 @@ class RowEncoder:
                 with at("{0.place}".format, record):
                     example = self._examples.build(record)
                 if self._drops_malformed and not MALFORMED.keys().isdisjoint(example.about_thoughts):
-                    dropped.append(DroppedRow(ordinal, record.place, "malformed_thoughts"))
+                    dropped.append(DroppedRow(ordinal, record.place, MALFORMED_ROW))
                 else:
                     good.append((ordinal, record, example))
             except (BadRow, TokenError) as problem:

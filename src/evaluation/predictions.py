@@ -95,7 +95,7 @@ def describe_rows(rows: EncodedSet) -> str:
     (part,) = rows.shards
     for reason in sorted({row.reason for row in part.stats.dropped}):
         left_out = [row.place for row in part.stats.dropped if row.reason == reason]
-        why = "an empty prompt" if reason == "no_supervised_token" else "too long"
+        why = "an empty prompt" if reason == "no_supervised_token" else reason.replace("_", " ")
         text += f"\n{_some(left_out)} left out: {why}"
     return text
 
