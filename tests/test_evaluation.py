@@ -258,9 +258,17 @@ def test_what_depends_on_thoughts_is_refused_where_there_are_none(runtime: Runti
     with pytest.raises(DataError, match=r"loss\.thought_weight = 0\.5, but no row of train has a thought"):
         evaluator(runtime, *plain, "loss.thought_weight=0.5")
     best = ["checkpoint.load_best_model_at_end=true", "checkpoint.metric_for_best_model=eval/validation/thought_loss"]
-    with pytest.raises(DataError, match="its rows have no thoughts"):
+    refused = "metric_for_best_model = .*, but no evaluated row has such a token"
+    with pytest.raises(DataError, match=refused):
         evaluator(runtime, *plain, *best)
     evaluator(runtime, *best)
+    closing = [
+        "training.early_stopping_patience=1",
+        "checkpoint.metric_for_best_model=eval/validation/thought_close_loss",
+    ]
+    evaluator(runtime, *closing)
+    with pytest.raises(DataError, match=refused):  # all are cut within their first thought
+        evaluator(runtime, *closing, "data.max_seq_length=14")
 
 
 def test_summaries_are_scored_without_being_asked_for() -> None:

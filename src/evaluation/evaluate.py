@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from src.config.schema import RunConfig
 from src.data.batching import collate
 from src.data.dataset import Data
-from src.data.encoding import PARTS
+from src.data.encoding import IGNORE_INDEX, PARTS
 from src.data.sets import EncodedSet
 from src.errors import DataError, NonFiniteLossError
 from src.evaluation.answers import AnswerReader
@@ -106,13 +107,14 @@ def check_spans(config: RunConfig, data: Data) -> None:
     for key, weight in config.loss.thought_weights().items():
         if weight != 1 and not data.reports["train"].thought_tokens:
             raise DataError(f"loss.{key} = {weight:g}, but no row of train has a thought")
-    metric = config.checkpoint.metric_for_best_model
-    if not config.checkpoint.load_best_model_at_end or metric.split("/")[-1] not in THOUGHT_LOSSES:
-        return
-    report = data.reports[metric.split("/")[1]]
-    answers = report.supervised_tokens - report.thought_tokens
-    if not report.thought_tokens or not answers:
-        raise DataError(f"checkpoint.metric_for_best_model = {metric}, but its rows have no thoughts, or nothing else")
+    metric, is_early = config.checkpoint.metric_for_best_model, config.training.early_stopping_patience is not None
+    name, _, score = metric.removeprefix("eval/").rpartition("/")
+    if score in THOUGHT_LOSSES and (is_early or config.checkpoint.load_best_model_at_end):
+        rows = data.validation[name]
+        each = (rows[i] for i in range(min(len(rows), config.evaluation.max_samples or len(rows))))
+        parts = np.concatenate([row.parts[row.labels != IGNORE_INDEX] for row in each])
+        if score not in part_losses([0.0] * len(PARTS), np.bincount(parts, minlength=len(PARTS)).tolist()):
+            raise DataError(f"checkpoint.metric_for_best_model = {metric}, but no evaluated row has such a token")
 
 
 class TargetStats:
