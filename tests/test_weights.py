@@ -142,9 +142,9 @@ def test_weights_are_read_from_tables_of_texts_and_are_no_unread_key(tmp_path: P
         writer = csv.DictWriter(stream, ["prompt", "completion", "worth"])
         writer.writeheader()
         writer.writerows([SUMS[0] | {"worth": "0.5"}, SUMS[1] | {"worth": "2"}])
-    data = built(*rows_of(str(file)), "data.weight_column=worth")
+    data = built(*rows_of(str(file)), "data.weight_column=worth", f"data.test_files=['{file}']")
     assert [data.train[i].weight for i in range(2)] == [0.5, 2.0]
-    assert data.reports["train"].unread_keys == {}
+    assert data.reports["train"].unread_keys == data.reports["test"].unread_keys == {}
 
 
 def test_evaluated_rows_count_alike_also_those_that_are_held_out_of_train(tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ class _Builder:
         """Build a set that is evaluated or predicted."""
         rows = EncodedSet(name, [self._shard(name, source, replace(self.data, weight_column=None))])
         if not self.to_predict:
-            self._report(rows)
+            self._report(rows).unread_keys.pop(self.data.weight_column or "", None)  # weights are for training
         if not self.to_predict or all(rows.completion(i) for i in range(len(rows))):
             self._check_answers(rows)
         return rows
