@@ -251,6 +251,29 @@ def test_a_row_whose_thoughts_cannot_be_told_apart_stops_the_run_before_it_train
         built(*overrides, tokenizer=tokenizer)
 
 
+def test_a_template_may_write_an_empty_thought_in_place_of_one_that_is_gone(tmp_path: Path) -> None:
+    turns = [("user", "1"), ("assistant", "<ToW>a</ToW>2"), ("user", "3"), ("assistant", "<ToW>xyz</ToW>4")]
+    file = write_lines(tmp_path / "rows.jsonl", [{"messages": [{"role": r, "content": text} for r, text in turns]}])
+    overrides = ["data=messages", f"data.train_files=['{file}']", "data.thought_schedule={tokens_per_epoch: 1}"]
+    template = (
+        "{% for m in messages %}{{ m.role + ':' }}{% if m.role == 'assistant' and '<ToW>' not in m.content WHERE %}"
+        "<ToW></ToW>{% endif %}{{ m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+
+    def rows(where: str) -> EncodedSet:
+        tokenizer = bpe()
+        tokenizer.chat_template = template.replace("WHERE", where)
+        return trained_on(*overrides, tokenizer=tokenizer)
+
+    everywhere, tokenizer = rows(""), bpe()
+    for epoch, left in enumerate([("a", "xyz"), ("", "yz"), ("", "z"), ("", "")]):
+        fed = tokenizer.decode(everywhere.in_epoch(epoch)[0].input_ids.tolist())
+        assert re.findall("<ToW>(.*?)</ToW>", fed) == list(left)
+    with pytest.raises(DataError, match=r"rows\.jsonl:1 .*writes 1 in place of 2"):
+        rows("and loop.last")
+
+
 def test_without_either_key_nothing_is_kept_and_every_epoch_is_the_set_itself() -> None:
     rows = trained_on(*SUMS)
     assert rows.in_epoch(3) is rows

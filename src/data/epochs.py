@@ -21,7 +21,7 @@ ROWS_AT_ONCE = 250  # that are encoded to know their lengths
 
 
 class Faded(NamedTuple):
-    """A row that an epoch changes: its index, the thoughts that are left out, and what is gone of the others.
+    """A row that an epoch changes: its index, the thoughts that are left out, and what is gone of those it then has.
 
     With `only_shrinks` no text is left out and none was cut off, so that its ids need not be encoded again.
     """
@@ -68,7 +68,7 @@ class ThoughtFader:
                 continue
             gone = self._fading.gone(text.lengths, epoch, _identity(rows, index))
             left_out = {i for i, count in enumerate(gone) if count is None}
-            shrunk = [self._sign * count for count in gone if count is not None]
+            shrunk = [self._sign * (count or 0) for count in gone if count is not None or text.has_others]
             if left_out or any(shrunk):
                 only_shrinks = not left_out and not rows.is_truncated(index)
                 found.append(Faded(index, left_out, shrunk, text.chat, only_shrinks))

@@ -170,19 +170,21 @@ class RowEncoder:
         examples = [example for _, _, example, _ in thinking]
         lengths = self._encoder.thought_lengths(examples, is_causal=self._lengths.target is None)
         for (ordinal, record, example, _), its_lengths in zip(thinking, lengths, strict=True):
-            num_thoughts = rewriter.num_thoughts(example)
+            num_thoughts, wrong = rewriter.num_thoughts(example), "its thoughts can't be left out one by one"
             if num_thoughts != len(its_lengths):
                 reason = f"{plural(num_thoughts, 'thought')} in its text, {len(its_lengths)} in what is supervised"
-                bad.append((record.place, f"its thoughts can't be left out one by one: {reason}"))
+                bad.append((record.place, f"{wrong}: {reason}"))
                 continue
             try:
-                self._encoder.encode(
-                    [rewriter.without(range(num_thoughts), example.prompt, example.completion, example.chat)],
-                    self._lengths,
-                )
+                bare = rewriter.without(range(num_thoughts), example.prompt, example.completion, example.chat)
+                (of_template,) = self._encoder.thought_lengths([bare], is_causal=self._lengths.target is None)
             except (BadRow, TokenError) as problem:
                 bad.append((record.place, f"without its thoughts: {problem}"))
-            found[ordinal] = FadingText(its_lengths, example.chat)
+                continue
+            if len(of_template) not in (0, num_thoughts):
+                reason = f"the chat template writes {len(of_template)} in place of {num_thoughts}"
+                bad.append((record.place, f"{wrong}: {reason}"))
+            found[ordinal] = FadingText(its_lengths, example.chat, has_others=bool(of_template))
         return found
 
     def _encode(self, good: list[tuple[int, Record, Example]]) -> Sequence[EncodedRow | TokenError | None]:

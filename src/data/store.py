@@ -78,20 +78,22 @@ Encoded = tuple[int, Record, Example, EncodedRow]  # the ordinal of a row, its r
 class FadingText:
     """What a row is encoded of again, without some of its thoughts, besides its prompt and its completion.
 
-    `lengths` are the ids between the tags of each thought, counted before the row is cut; `chat` is what was rendered.
+    `lengths` are the ids between the tags of each thought, counted before the row is cut; `chat` is what was rendered;
+    `has_others`: its template writes a thought of its own in place of each that is left out, as an empty one.
     """
 
     lengths: list[int]
     chat: Chat | None
+    has_others: bool = False
 
     def to_json(self) -> str:
         chat = None if self.chat is None else [self.chat.messages, self.chat.is_supervised]
-        return json.dumps([self.lengths, chat], ensure_ascii=False)
+        return json.dumps([self.lengths, chat, self.has_others], ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        lengths, chat = json.loads(text)
-        return cls(lengths, chat and Chat(*chat))
+        lengths, chat, has_others = json.loads(text)
+        return cls(lengths, chat and Chat(*chat), has_others)
 
 
 def to_batch(rows: Sequence[Encoded], fading: Mapping[int, FadingText] | None = None) -> pa.RecordBatch:
