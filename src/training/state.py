@@ -298,9 +298,11 @@ def _steps_of_epochs(config: RunConfig, train: EncodedSet, sampler: BatchSampler
     epochs = config.training.num_train_epochs
     for epoch in range(begin.epoch, math.ceil(epochs)):
         num_taken = begin.num_sequences if epoch == begin.epoch else 0
-        whole = steps_per_epoch(train, sampler, config.seed, epoch=epoch)
         left = steps_per_epoch(train, sampler, config.seed, num_taken, epoch)
-        step += max(0, left + min(0, _steps_of(epochs - epoch - 1, whole)))
+        if (beyond := epochs - epoch - 1) < 0:
+            whole = steps_per_epoch(train, sampler, config.seed, epoch=epoch) if num_taken else left
+            left += _steps_of(beyond, whole)
+        step += max(0, left)
     return max(1, step)
 
 
