@@ -95,7 +95,10 @@ def test_the_dump_holds_every_row_of_train_in_the_order_of_the_file(
 def test_a_row_is_shown_as_several_epochs_have_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": "a b", "completion": f" <ToW> {'why' * i} </ToW> c <ToW>xyz</ToW> d"} for i in range(3)]
     fades = ["data.thought_schedule={tokens_per_epoch: 3}", "training.num_train_epochs=5", "preflight.rows=0"]
-    text = said(capsys, *only(write_lines(here / "rows.jsonl", rows)), *fades, "data.batching=packed")
+    # two steps in the first epoch, one in the others
+    fades += ["data.batching=packed", "data.max_seq_length=64", "training.per_device_train_batch_size=1"]
+    text = said(capsys, *only(write_lines(here / "rows.jsonl", rows)), *fades)
+    assert "\nsteps       6" in text
     shown = text.partition("fading ")[2].partition("\nsteps ")[0]
     parts = [line.strip() for line in shown.splitlines()[1:]]
     assert parts == [

@@ -74,7 +74,7 @@ def inspect_run(job: Job, console: Console, libraries_bytes: int) -> int:
             advance()
     new_ids = list(initialised.ids.values())
     forecast = forecast_run(config, model, tokenizer, new_ids, data, job.run_dir, held, console, measure=own.measure)
-    show_fading(console, config, data, forecast.work.num_epochs, paint)
+    show_fading(console, config, data, forecast.work.num_epochs(config.training), paint)
     show_forecasts(console, config, forecast)
     found = [
         *findings(config, data, tokenizer, train, proofs, forecast.work.num_steps),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from src.config.schema import Batching, RunConfig
+from src.config.schema import Batching, RunConfig, TrainingConfig
 from src.data.batching import BatchSampler, Sequences
 from src.data.dataset import Data
 from src.data.sets import EncodedSet
@@ -52,9 +52,12 @@ class Workload:
         """The shape of the micro-batch that holds most."""
         return widest_of(self.shapes)
 
-    @property
-    def num_epochs(self) -> int:
-        """Epochs that the run begins, if all are as long as the first one; in a stream, as its first block."""
+    def num_epochs(self, config: TrainingConfig) -> int:
+        """Return how many epochs the run begins; from a number of steps, as if all were as long as the first one, or in
+        a stream as its first block.
+        """
+        if config.max_train_steps is None:
+            return math.ceil(config.num_train_epochs)
         return math.ceil(
             self.num_steps / math.ceil(len(self.micro_batches) / self.batch_sampler.micro_batches_per_step)
         )
