@@ -14,6 +14,7 @@ import pytest
 
 from src.config.schema import RunConfig, ThoughtSchedule
 from src.data import stream
+from src.data.advice import Level, about_schedule
 from src.data.answers import strip_thoughts
 from src.data.batching import Position, windows
 from src.data.dataset import Data, TrainSet, build_data
@@ -366,3 +367,18 @@ def test_fading_needs_thoughts(without_thoughts: str, fades: str) -> None:
 def test_bad_values_are_refused(override: str, key: str, allowed: str) -> None:
     with pytest.raises(ConfigError, match=rf"{re.escape(key)}\b.*{allowed}"):
         admitted(override)
+
+
+def test_a_schedule_that_takes_nothing_is_reported() -> None:
+    schedule = "data.thought_schedule={tokens_per_epoch: 2}"
+
+    def is_reported(num_steps: int, steps_per_epoch: int | None, *overrides: str) -> bool:
+        config = admitted(*overrides).config
+        return [one.level for one in about_schedule(config, num_steps, steps_per_epoch)] == [Level.warning]
+
+    assert is_reported(4, 4, schedule)
+    assert is_reported(4, None, schedule, "training.num_train_epochs=1", "data.batching=packed")
+    assert not is_reported(5, 4, schedule)
+    assert not is_reported(4, None, schedule, "training.max_train_steps=4", "training.num_train_epochs=1")
+    assert not is_reported(4, 4, "data.thought_schedule={tokens_per_epoch: 2, smoothing: 0.5}")
+    assert not is_reported(4, 4, "data.thought_dropout=0.5")

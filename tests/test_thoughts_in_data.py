@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,34 @@ def test_what_else_is_said_of_thoughts(tmp_path: Path) -> None:
     assert the_one(marked.said(), "train: 1 row of", "hold <think>", "rows.jsonl:1", "no thought") is Level.warning
     never = Built(tmp_path, pairs("b", "c"), "data=prompt_completion", "tokens=none", TOW)
     assert the_one(never.said(), "data.thought_pattern finds no thought in any row") is Level.warning
+
+
+@pytest.mark.parametrize(
+    ("given", "taught", "remedy"),
+    [
+        ({}, "to open or close a thought", "(loss.thought_open_weight=1 and loss.thought_close_weight=1 if"),
+        ({"thought_close_weight": 0.0}, "to open a thought", "(loss.thought_open_weight=1 if"),
+        ({"thought_open_weight": 1.0}, "to close a thought", "(loss.thought_close_weight=1 if"),
+        ({"thought_open_weight": 0.0, "thought_close_weight": 0.0}, "", ""),
+    ],
+)
+def test_tags_that_weigh_nothing_unasked_are_reported(
+    tmp_path: Path, given: dict[str, float], taught: str, remedy: str
+) -> None:
+    found = Built(tmp_path, pairs("<ToW>a</ToW>b"), "data=prompt_completion")
+    assert not found.said()
+    found.config.loss = replace(found.config.loss, thought_weight=0.0, **given)
+    assert [taught in text and remedy in text for _, text in found.said()] == ([True] if taught else [])
+
+
+def test_dropped_rows_are_refused_with_what_helps(tmp_path: Path) -> None:
+    options = ["data=prompt_completion", "data.malformed_thoughts=drop", "data.overflow=drop", "data.max_seq_length=30"]
+    with pytest.raises(DataError, match=r"\nMend the thoughts, .*=keep\), or allow a larger"):
+        Built(tmp_path, pairs("<ToW>a", *["b"] * 3), *options)
+    with pytest.raises(DataError, match=r"\nRaise data.max_seq_length \(now 30\), .*, mend the thoughts, .*, or allow"):
+        Built(tmp_path, pairs("<ToW>a", "b" * 40, *["b"] * 3), *options)
+    with pytest.raises(DataError, match=r"\nRaise data.max_seq_length .*choose another data.overflow, or allow a"):
+        Built(tmp_path, pairs("b" * 40, *["b"] * 3), *options)
 
 
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_bart"])

@@ -53,7 +53,20 @@ def advice(config: RunConfig, data: Data, tokenizer: Any) -> list[Finding]:
         *_about_marks(config, data),
         *_about_unused_template(config, tokenizer),
         *_about_tokens(config, data),
+        *_about_weights(config, data),
     ]
+
+
+def about_schedule(config: RunConfig, num_steps: int, steps_per_epoch: int | None) -> list[Finding]:
+    """Return a warning where a run ends before thoughts begin to shrink: none does in the first epoch."""
+    schedule, training = config.data.thought_schedule, config.training
+    if schedule is None or schedule.smoothing or config.thought_tags is None:
+        return []
+    is_asked_for = not training.max_train_steps and training.num_train_epochs <= 1
+    if not is_asked_for and (steps_per_epoch is None or num_steps > steps_per_epoch):
+        return []
+    text = "data.thought_schedule takes nothing in the first epoch, and the run has no other"
+    return [Finding(Level.warning, f"{text} (training.num_train_epochs, training.max_train_steps)")]
 
 
 def about_template(name: str, changes: Mapping[str, int], places: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
@@ -192,3 +205,14 @@ def _about_tokens(config: RunConfig, data: Data) -> Iterator[Finding]:
     elif len(tokens) == len(config.tokens.additional_special_tokens):
         text += " (tokens=none adds none)"
     yield Finding(Level.warning, text)
+
+
+def _about_weights(config: RunConfig, data: Data) -> Iterator[Finding]:
+    """Warn of tags that weigh nothing only because what is between them does."""
+    keys = [key for key in ("thought_open_weight", "thought_close_weight") if getattr(config.loss, key) is None]
+    if config.loss.thought_weight or not keys or config.thought_tags is None or not data.reports["train"].thoughts:
+        return
+    what = "open or close" if len(keys) == 2 else "open" if "open" in keys[0] else "close"
+    remedy = " and ".join(f"loss.{key}=1" for key in keys)
+    text = f"loss.thought_weight = 0 holds for tags too, so the model does not learn to {what} a thought"
+    yield Finding(Level.warning, f"{text} ({remedy} if it should)")

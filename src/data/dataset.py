@@ -303,15 +303,19 @@ class _Builder:
             f"{name}: {len(dropped)} of {read} rows would be dropped "
             f"({', '.join(f'{count} {reason}' for reason, count in reasons.items())}), "
             f"{allowed if len(shard) else 'so nothing would be left'}.\n"
-            f"{listed([row.place for row in dropped])}\n"
-            f"{self._against_dropping({row.reason for row in dropped})}, or allow a larger fraction."
+            f"{listed([row.place for row in dropped])}\n{self._against_dropping({row.reason for row in dropped})}"
         )
 
     def _against_dropping(self, reasons: set[str]) -> str:
-        """Return what helps against dropping rows for these reasons."""
-        if reasons == {MALFORMED_ROW}:
-            return "Mend them (data.malformed_thoughts=error says what is wrong with each)"
-        return f"Raise data.max_seq_length (now {self.lengths.sequence}), choose another data.overflow"
+        """Return what helps against dropping rows for these reasons, in a sentence."""
+        remedies = []
+        if reasons - {MALFORMED_ROW}:
+            remedies.append(f"raise data.max_seq_length (now {self.lengths.sequence}), choose another data.overflow")
+        if MALFORMED_ROW in reasons:
+            what_is_wrong = "data.malformed_thoughts=error says what is wrong with each"
+            remedies.append(f"mend the thoughts ({what_is_wrong}), train on them as they are (…=keep)")
+        text = f"{', '.join(remedies)}, or allow a larger fraction."
+        return text[0].upper() + text[1:]
 
     def _check_answers(self, rows: EncodedSet) -> None:
         """Raise DataError for rows whose answer can't be found, where answers are compared."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from src.config.job import Job
 from src.config.schema import LossConfig
-from src.data.advice import Level
+from src.data.advice import Level, about_schedule
 from src.data.dataset import Data, build_data
 from src.data.encoding import IGNORE_INDEX, PARTS, SPAN_KINDS
 from src.data.sets import LabelledRow
@@ -78,6 +78,7 @@ def inspect_run(job: Job, console: Console, libraries_bytes: int) -> int:
     show_forecasts(console, config, forecast)
     found = [
         *findings(config, data, tokenizer, train, proofs, forecast.work.num_steps),
+        *about_schedule(config, forecast.work.num_steps, forecast.work.num_steps_per_epoch),
         *about_initialised_rows(new_tokens, initialised),
         *about_disk(forecast.disk),
     ]

@@ -13,7 +13,7 @@ from src.config.gate import parse_stored
 from src.config.job import Job
 from src.config.options import PROJECT_ROOT
 from src.config.schema import RunConfig, Weights
-from src.data.advice import Level, advice
+from src.data.advice import Level, about_schedule, advice
 from src.data.dataset import Data, Prompts, file_hashes
 from src.data.tokenizer import load_tokenizer
 from src.errors import CheckpointError, ModelError
@@ -143,5 +143,6 @@ def load_initial_weights(state: TrainState, tokenizer: Any, runtime: Runtime, co
 
 def data_warnings(config: RunConfig, data: Data, tokenizer: Any, state: TrainState) -> list[str]:
     """Return what about the data and the schedule will likely make the training worse than it could be."""
-    found = [one.text for one in advice(config, data, tokenizer) if one.level is not Level.note]
+    about = [*advice(config, data, tokenizer), *about_schedule(config, state.num_steps, state.steps_per_epoch)]
+    found = [one.text for one in about if one.level is not Level.note]
     return [*found, *warmup_warnings(config.scheduler, state.num_steps)]
