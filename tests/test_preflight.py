@@ -111,6 +111,8 @@ def test_a_row_of_weight_0_is_dumped_as_one_that_is_not_learned(here: Path, caps
     rows = [{"prompt": "p", "completion": "<ToW>a</ToW>b", "w": w} for w in (2, 0)]
     text = said(capsys, *only(write_lines(here / "rows.jsonl", rows)), "data.weight_column=w", "preflight.dump=dump")
     assert "error" not in text
+    assert "rows.jsonl:1  weight 2\n" in text
+    assert "rows.jsonl:2  weight 0\n" in text
     learned, unlearned = read_lines(here / "dump")
     assert learned["weights"] == [0, 0, 2, 2, 2, 2, 2]
     assert (unlearned["weights"], unlearned["parts"], unlearned["spans"]) == ([0] * 7, [None] * 7, [])

@@ -123,8 +123,8 @@ def built(*overrides: str) -> Any:
     [
         ({"worth": -1}, r"'worth' is -1; a row's weight is a number of at least 0"),
         ({"worth": "much"}, "'worth' is 'much'"),
-        ({"worth": True}, "'worth' is True"),
-        ({"worth": None}, "'worth' is None"),
+        ({"worth": True}, "'worth' is true"),
+        ({"worth": None}, "'worth' is null"),
         ({"worth": "inf"}, "'worth' is 'inf'"),
         ({"worth": 1e39}, r"'worth' is 1e\+39"),
         ({}, r"no field 'worth'; there are 'prompt', 'completion' \(name yours with data.weight_column=FIELD\)"),

@@ -1,5 +1,6 @@
 """Records to examples: thoughts are written or dropped, templates filled, chats rendered by the model's template."""
 
+import json
 import math
 from collections.abc import Collection, Iterator
 from itertools import compress
@@ -265,7 +266,8 @@ def row_weight(fields: dict[str, Any], column: str) -> float:
     except (TypeError, ValueError, OverflowError):
         weight = math.nan
     if not WEIGHT_OR_ZERO.holds(weight):
-        raise BadRow(f"{column!r} is {value!r}; a row's weight is {WEIGHT_OR_ZERO.allowed} (data.weight_column)")
+        shown = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        raise BadRow(f"{column!r} is {shown}; a row's weight is {WEIGHT_OR_ZERO.allowed} (data.weight_column)")
     return weight
 
 

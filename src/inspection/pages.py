@@ -108,7 +108,8 @@ def show_rows(console: Console, train: EncodedSet, data: Data, count: int, paint
         return
     console.label("rows", paint.legend, is_painted=True)
     for i in range(min(count, len(train))):
-        console.say(f"  {paint(Paint.BOLD, train.place(i))}", is_painted=True)
+        weight = f"  weight {train[i].weight:g}" if train.has_weights else ""
+        console.say(f"  {paint(Paint.BOLD, train.place(i))}{weight}", is_painted=True)
         for line in painted_row(train, i, data.encoder, data.stop_ids, paint).split("\n"):
             console.say(f"    {line}", is_painted=True)
 
@@ -140,7 +141,8 @@ def show_forecasts(console: Console, config: RunConfig, forecast: Forecast) -> N
     processes = config.runtime.world_size
     rows += f" x {processes} processes" if processes > 1 else ""
     each = ", for each process" if processes > 1 else ""
-    epochs = "" if work.num_steps_per_epoch is None else f" ({work.num_steps / work.num_steps_per_epoch:.3g} epochs)"
+    epochs = "" if work.num_steps_per_epoch is None else f"{work.num_steps / work.num_steps_per_epoch:.3g}"
+    epochs = epochs and f" ({epochs} {'epoch' if epochs == '1' else 'epochs'})"
     padded = 1 - work.tokens_fed / max(1, work.tokens_computed)
     console.label(
         "steps",

@@ -126,6 +126,8 @@ def _write_png(figure: Figure, file: Path) -> None:
             handles.append(line)
         if figure.has_log_x:
             axes.set_xscale("log")
+        elif figure.x_label == "step":
+            axes.xaxis.get_major_locator().set_params(integer=True)
         if figure.x_ticks is not None:
             labels = [shortened(text, LONGEST_TICK) for text in figure.x_ticks.values()]
             axes.set_xticks(list(figure.x_ticks), labels, parse_math=False, fontsize="small")
