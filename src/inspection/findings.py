@@ -281,7 +281,8 @@ def _about_batches(config: RunConfig, train: EncodedSet, num_steps: int) -> Iter
     if now > MUCH_PADDING and min(wasted.values()) < now / 2:
         yield Finding(Level.note, f"{now:.0%} of what is computed is padding; it would be {others} (data.batching)")
     if num_steps < FEW_STEPS:
-        yield Finding(Level.note, f"only {num_steps} optimizer steps: a smaller batch or more epochs make more")
+        text = f"only {plural(num_steps, 'optimizer step')}: a smaller batch or more epochs make more"
+        yield Finding(Level.note, text)
 
 
 def padding(rows: EncodedSet, batch_sampler: BatchSampler, seed: int) -> float:
