@@ -129,7 +129,7 @@ def test_malformed_thoughts_are_refused_by_place(
     assert left.report.rows_dropped == {"malformed_thoughts": 1}
     assert left.report.dropped_places == {"malformed_thoughts": [f"{tmp_path}/rows.jsonl:2"]}
     assert describe_rows(left.rows) == f"1 rows\n{tmp_path}/rows.jsonl:2 left out: malformed thoughts"
-    with pytest.raises(DataError, match=r"1 malformed thoughts.*\n.*\nMend them .*malformed_thoughts=error"):
+    with pytest.raises(DataError, match=r"1 malformed thoughts.*\n.*\nMend the thoughts .*malformed_thoughts=error"):
         Built(tmp_path, records, *options, "data.malformed_thoughts=drop")
     kept = Built(tmp_path, records, *options, "data.malformed_thoughts=keep")
     assert (len(kept.rows), kept.report.about_thoughts[kind]) == (2, 1)
@@ -236,9 +236,9 @@ def test_tags_that_weigh_nothing_unasked_are_reported(
 
 def test_dropped_rows_are_refused_with_what_helps(tmp_path: Path) -> None:
     options = ["data=prompt_completion", "data.malformed_thoughts=drop", "data.overflow=drop", "data.max_seq_length=30"]
-    with pytest.raises(DataError, match=r"\nMend the thoughts, .*=keep\), or allow a larger"):
+    with pytest.raises(DataError, match=r"\nMend the thoughts .*=keep\), or allow a larger"):
         Built(tmp_path, pairs("<ToW>a", *["b"] * 3), *options)
-    with pytest.raises(DataError, match=r"\nRaise data.max_seq_length \(now 30\), .*, mend the thoughts, .*, or allow"):
+    with pytest.raises(DataError, match=r"\nRaise data.max_seq_length \(now 30\), .*, mend the thoughts .*, or allow"):
         Built(tmp_path, pairs("<ToW>a", "b" * 40, *["b"] * 3), *options)
     with pytest.raises(DataError, match=r"\nRaise data.max_seq_length .*choose another data.overflow, or allow a"):
         Built(tmp_path, pairs("b" * 40, *["b"] * 3), *options)

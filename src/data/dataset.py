@@ -313,7 +313,9 @@ class _Builder:
             remedies.append(f"raise data.max_seq_length (now {self.lengths.sequence}), choose another data.overflow")
         if MALFORMED_ROW in reasons:
             what_is_wrong = "data.malformed_thoughts=error says what is wrong with each"
-            remedies.append(f"mend the thoughts ({what_is_wrong}), train on them as they are (…=keep)")
+            remedies.append(
+                f"mend the thoughts ({what_is_wrong}), train on them as they are (data.malformed_thoughts=keep)"
+            )
         text = f"{', '.join(remedies)}, or allow a larger fraction."
         return text[0].upper() + text[1:]
 

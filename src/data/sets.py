@@ -224,6 +224,11 @@ class EncodedSet:
             return batch.weights > 0
         return np.ones(batch.records.num_rows, dtype=bool)
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether any row has a weight of its own."""
+        return self.is_weighted and any(batch.weights is not None for s in self.shards for batch in s.batches)
+
     def multiplicities(self) -> Iterator[tuple[StoredBatch, np.ndarray]]:
         """Yield every batch with rows of this set, and how often each row is in the set, [rows of the batch]."""
         for i, shard in enumerate(self.shards):
