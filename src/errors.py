@@ -10,7 +10,6 @@ TowlineError                exit code 2, printed without a traceback
 ├── TokenError              a tokenizer or a new token can't be used as asked
 ├── ModelError              a model can't be loaded or assembled as asked
 ├── SweepError              a sweep can't be started or resumed
-│   └── StudyError          the storage of its study can't be opened, or does not answer
 ├── TrackerError            the page of a tracker can't be shown
 └── TrainingError           exit code 1: the run itself went wrong
     ├── NonFiniteLossError  the loss became inf or nan; names the rows of the batch
@@ -72,10 +71,6 @@ class ModelError(TowlineError):
 
 class SweepError(TowlineError):
     """A sweep can't be started or resumed."""
-
-
-class StudyError(SweepError):
-    """The storage of a sweep's study can't be opened, or does not answer."""
 
 
 class TrackerError(TowlineError):

@@ -18,7 +18,7 @@ from src.evaluation.samples import sample
 from src.model.embeddings import check_new_rows
 from src.overview import overview
 from src.runtime.signals import StopRequest
-from src.sweep.study import Pruning, end_early
+from src.sweep.pruning import Pruning, end_early
 from src.tracking.tracker import Tracker
 from src.training.assembly import assemble_model, data_warnings, load_initial_weights, record_provenance, start_session
 from src.training.loop import train
@@ -55,7 +55,7 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
         tracker.warn(*resume.restore(state, fingerprint, runtime, config))  # weights, optimizer, counters, generators
 
         with open_saver(job, resume, state, fingerprint, untrained, runtime, tracker) as saver, stop.deferred():
-            pruning = Pruning(job.trial if runtime.is_main else None, saver.lines, tracker.warn)
+            pruning = Pruning(job.trial if runtime.is_main else None, job.run_dir, saver.lines, tracker.warn)
             for step in train(state, data.train, config, runtime, evaluator.generator.pad_token_id):
                 tracker.progress(step, state.num_steps, is_logged=step.is_due(config.training.logging_steps))
                 tracker.warn(*step.warnings)

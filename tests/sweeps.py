@@ -62,6 +62,6 @@ def board_of(folder: Path) -> list[dict[str, str]]:
 def study_of(folder: Path) -> Any:
     import optuna
 
-    storage = f"sqlite:///{folder / 'study.db'}"
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / "study.journal")))
     (name,) = optuna.get_all_study_names(storage)
     return optuna.load_study(study_name=name, storage=storage)

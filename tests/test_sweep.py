@@ -22,8 +22,8 @@ from src.errors import ConfigError, RunFolderError, SweepError
 from src.runtime.devices import shares, visible_gpus
 from src.runtime.signals import StopRequest
 from src.sweep.folder import SweepFolder
+from src.sweep.pruning import Halving
 from src.sweep.space import Interval
-from src.sweep.study import _is_rung
 from src.sweep.sweeper import lead
 from src.sweep.workers import Workers, modules_of_run
 from src.tracking.lock import hold
@@ -184,11 +184,17 @@ def test_gpus_are_divided(devices: list[str], jobs: int, each: int, given: list[
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": ",".join(devices)}) == devices
 
 
-@pytest.mark.parametrize(
-    ("step", "is_one"), [(1, False), (2, True), (3, False), (4, False), (6, True), (12, False), (18, True)]
-)
-def test_rungs(step: int, is_one: bool) -> None:
-    assert _is_rung(step, min_resource=2, reduction_factor=3) is is_one
+def test_rungs_and_who_is_promoted() -> None:
+    halving = Halving(min_resource=2, reduction_factor=3)
+    assert [halving.rung_from(n) for n in (1, 2, 3, 6, 7, 18, 19)] == [2, 2, 6, 6, 18, 18, 54]
+    reports = {unit: [9.0, loss] for unit, loss in enumerate((4.0, 3.0, 5.0, 2.0, 6.0))}
+    assert halving.promotable({0: 2, 1: 2}, {0: reports[0], 1: reports[1]}) is None  # one in three of two is none
+    assert halving.promotable({0: 2, 1: 2}, {0: reports[0], 1: reports[1]}, at_least_one=True) == 1
+    assert halving.promotable(dict.fromkeys(range(3), 2), {n: reports[n] for n in range(3)}) == 1
+    assert halving.promotable({0: 2, 2: 2}, {n: reports[n] for n in range(3)}) is None  # 1 runs on, and is the best
+    assert halving.promotable(dict.fromkeys((0, 1, 2, 4), 2), reports) is None  # 3 was better than 1
+    high = reports | {5: [1.0, 9.0, 1, 1, 1, 7.0], 6: [1.0, 9.0, 1, 1, 1, 7.5], 7: [1.0, 9.0, 1, 1, 1, 8.0]}
+    assert halving.promotable({1: 2, 5: 6}, high) == 5  # the highest rung comes first
 
 
 # ---- what is run
@@ -375,15 +381,6 @@ def test_folds_are_averaged(swept: Callable[..., int], folder: Path) -> None:
     assert [len(study_of(folder).trials), study_of(folder).best_trial.params] == [2, {"optimizer.lr": "0.01"}]
 
 
-def test_a_study_that_is_gone_is_made_of_the_folder(swept: Callable[..., int], folder: Path) -> None:
-    assert swept("seed=1,2") == 0
-    values = [trial.value for trial in study_of(folder).trials]
-    (folder / "study.db").unlink()
-    assert swept("seed=1,2") == 0
-    assert [trial.value for trial in study_of(folder).trials] == values
-    assert starts(folder) == [1, 1]
-
-
 def test_values_that_come_and_go_are_one_study(swept: Callable[..., int], folder: Path) -> None:
     assert swept("sweep.name=n", "optimizer.lr=1e-5,1e-4") == 0
     for _ in range(2):
@@ -441,44 +438,19 @@ def test_a_first_start_that_died_while_it_wrote_is_no_other_folder(swept: Callab
     assert swept("seed=1") == 0
 
 
-def lose(file: Path, once: Path) -> threading.Thread:
-    """Take a file away as soon as another one is there."""
-
-    def wait() -> None:
-        until(once.exists, f"{once} is there")
-        file.unlink()
-
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    return thread
-
-
-def test_a_grid_goes_on_without_its_study(
-    swept: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("storage", "said"),
+    [("sqlite:////nowhere/study.db", "unable to open database file"), ("nonsense", "Could not parse SQLAlchemy URL")],
+)
+def test_a_search_needs_no_copy_of_its_study(
+    swept: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture[str], storage: str, said: str
 ) -> None:
-    lost = lose(folder / "study.db", once=folder / "0" / "summary.json")
-    assert swept("seed=1,2,3") == 0
-    lost.join()
-    assert capsys.readouterr().out.count("the study's storage") == 1
-    assert len(board_of(folder)) == 1
-    assert swept("seed=1,2,3") == 0
-    assert starts(folder) == [1, 1, 1]
-    assert len({trial.value for trial in study_of(folder).trials if trial.state.name == "COMPLETE"}) == 3
-
-
-def test_a_search_without_its_study_stops_and_goes_on(
-    swept: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    search = ("sweep=tpe", "sweep.pruner=none", "optimizer.lr=tag(log,interval(1e-5,1e-2))", "sweep.n_trials=3")
-    lost = lose(folder / "study.db", once=folder / "0" / "summary.json")
-    assert swept(*search) == 1
-    lost.join()
-    assert "Stopped: the study's storage" in capsys.readouterr().out
-    assert json.loads((folder / "sweep.json").read_text())["state"] == "FAILED"
-    assert swept(*search) == 0
-    assert states(folder) == ["FINISHED"] * 3
-    assert starts(folder)[0] == 1
-    assert len(study_of(folder).trials) == 3
+    search = ("sweep=tpe", "sweep.pruner=none", "optimizer.lr=tag(log,interval(1e-5,1e-2))", "sweep.n_trials=2")
+    assert swept(*search, f"sweep.storage={storage}") == 0
+    warned = capsys.readouterr().err
+    assert warned.count("has no copy of the study") == 1
+    assert said in warned
+    assert states(folder) == ["FINISHED"] * 2
 
 
 def test_a_dry_run_says_what_of_a_sweep_is_left(

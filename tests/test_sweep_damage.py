@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from src.errors import DamagedFileError, StudyError
+from src.errors import DamagedFileError
 from src.records import Digest
 from src.runtime.signals import StopRequest
-from src.sweep.folder import SweepFolder
 from src.sweep.launched import _state
 from src.sweep.sweeper import lead
 from src.sweep.workers import Workers
@@ -395,37 +394,15 @@ def folder_instead(file: Path) -> None:
 DAMAGE = (garbage, torn, folder_instead, pipe)
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_grid_goes_on_without_a_study_that_is_damaged(
+@pytest.mark.parametrize("damage", [*DAMAGE, Path.unlink])
+def test_the_copy_of_the_study_is_written_anew(
     sweep: Path, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    damage(sweep / "study.db")
-    shutil.rmtree(sweep / "1")
+    values = [trial.value for trial in study_of(sweep).trials]
+    damage(sweep / "study.journal")
     assert start(sweep) == 0
-    said = capsys.readouterr().err
-    assert f"Move {sweep / 'study.db'} away" in said
-    assert states(sweep) == ["FINISHED"] * 4
-    (sweep / "study.db").rename(sweep.parent / "away")
-    assert start(sweep) == 0
+    is_refused = damage is folder_instead
+    assert capsys.readouterr().err.count(f"{sweep / 'study.journal'} has no copy of the study") == is_refused
     assert starts(sweep) == [1] * 4
-    assert [trial.state.name for trial in study_of(sweep).trials] == ["COMPLETE"] * 4
-
-
-def test_a_search_is_told_how_to_go_on_with_a_study_that_is_damaged(tmp_path: Path) -> None:
-    from src.cli.hydra_main import run_trial
-
-    def search() -> int:
-        more = ("sweep=tpe", "optimizer.lr=interval(1e-5,1e-2)", "sweep.n_trials=2", "training.max_train_steps=1")
-        plan = planned(f"hydra.sweep.dir={tmp_path / 'sweep'}", *more, "sweep.pruner=none")
-        return lead(plan, StopRequest(), Workers(run_trial, 1, 1, uses_gpus=False))
-
-    assert search() == 0
-    before = [trial.values for trial in study_of(tmp_path / "sweep").trials]
-    for damage in DAMAGE:
-        damage(tmp_path / "sweep" / "study.db")
-        with pytest.raises(StudyError, match=rf"Move {tmp_path / 'sweep' / 'study.db'} away"):
-            search()
-        (tmp_path / "sweep" / "study.db").rename(tmp_path / damage.__name__)
-        assert search() == 0
-        assert [trial.values for trial in study_of(tmp_path / "sweep").trials] == before
-    assert [trial.number for trial in SweepFolder(tmp_path / "sweep").trials()] == [0, 1]
+    if not is_refused:
+        assert [trial.value for trial in study_of(sweep).trials] == values

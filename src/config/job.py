@@ -24,7 +24,7 @@ class Job:
     is_held: bool = False  # whether the process that started this one holds the run's folder
     sweep: SweepConfig | None = None  # the section `sweep`, with -m
     trial: Mapping[str, Any] | None = None
-    """Where a trial asks whether to end early, see src.sweep.study.Pruning; None of other runs."""
+    """When a trial ends early, see src.sweep.pruning.Pruning; None of other runs."""
 
 
 @dataclass

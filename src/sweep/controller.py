@@ -1,7 +1,7 @@
-"""The loop of a sweep: starts trials, records how they ended, and updates the study, MLflow and the terminal.
+"""The loop of a sweep: starts trials, decides which of them end early, and records how they ended.
 
 The folder is the truth: what a trial's own folder says counts, so that a sweep whose process was killed at any moment
-resumes with the trials that are missing. No torch here.
+resumes with the trials that are missing, and decides as it would have. No torch here.
 """
 
 import signal
@@ -9,28 +9,27 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
-from src import secrets
-from src.config.schema import Pruner
-from src.errors import NonFiniteLossError, StudyError, TowlineError, TrainingError, is_disk_full
+from src.config.schema import Direction, Pruner
+from src.errors import NonFiniteLossError, Pruned, TowlineError, TrainingError, is_disk_full
 from src.runtime.signals import StopRequest
-from src.sweep.folder import TrialStatus, last_words, status_written_ns
+from src.sweep import pruning
+from src.sweep.folder import TrialStatus, last_words, written_ns
 from src.sweep.launched import TrialRunner
 from src.sweep.progress import ProgressTable
 from src.sweep.state import SweepState, early_replicates
-from src.sweep.study import Proposal, Study
+from src.sweep.study import Proposal, Study, Unit
 from src.sweep.trial import Trial, short
 from src.sweep.workers import TrialJob
-from src.tracking.run_folder import note_end
+from src.tracking.run_folder import STATUS, note_end
+from src.tracking.step_logs import METRICS
 
 POLL_SECONDS = 0.1
 NOTIFY_SECONDS = 2.0
 LAST_SECONDS = 2.0  # how long to wait for the exit codes of trials that were ended at once
 UNENDED = {"PREEMPTED", "RUNNING", "WAITING"}  # states of trials that the same command resumes
 MOST_REPEATS = 25  # how often in a row a sampler may repeat what was tried, before it counts as exhausted
-LINKED = ("metric", "pruner", "min_resource", "reduction_factor")  # settings that a trial's pruning needs
-T = TypeVar("T")
 
 
 @dataclass
@@ -38,7 +37,8 @@ class _Progress:
     """What this process knows of a trial that its folder does not say."""
 
     attempts: int = 0
-    passed: int = 0  # the evaluation of the last rung that it was let through
+    rung: int | None = None  # the evaluation at which it pauses, or is paused
+    metrics_ns: int | None = None  # when the metrics were written that it has a verdict on
     started: float = 0.0  # when it was last started, by the monotonic clock
     written_ns: int | None = None  # when its status.json had been written last before that
     is_settled: bool = False  # whether this start of the sweep is done with it
@@ -48,21 +48,20 @@ class SweepController:
     """Runs the trials of one sweep whose folder is held."""
 
     def __init__(
-        self, state: SweepState, study: Study | None, workers: TrialRunner, stop: StopRequest, display: ProgressTable
+        self, state: SweepState, study: Study, workers: TrialRunner, stop: StopRequest, display: ProgressTable
     ) -> None:
         self.state, self._study, self.workers, self._stop, self._display = state, study, workers, stop, display
         self.plan, self.folder = state.plan, state.folder
         self._progress: defaultdict[int, _Progress] = defaultdict(_Progress)
-        self._metric = self.plan.config.metric
+        self._metric, pruner = self.plan.config.metric, self.plan.config.pruner
+        self._halving = pruning.Halving(self.plan.config.min_resource, self.plan.config.reduction_factor)
         self._is_exhausted = False
         self.refusal = ""  # why the last proposal can't be run
         self.has_only_refusals = False  # the sampler proposed none that can be run, until the sweep stopped asking
         self.fault = ""  # the error that stops the sweep, as no trial could run or be ranked; '' where there is none
         self._paused: set[int] = set()
         """Trials that are paused at a rung, and resume once they are among its best."""
-        if self.plan.config.pruner is Pruner.asha and study is not None:
-            pruned = (state.trials[number] for number in state.todo if state.statuses[number].state == "PRUNED")
-            self._paused = {trial.number for trial in pruned if study.is_open(trial.unit)}
+        self._pauses, self._waits = pruner is Pruner.asha, pruner is Pruner.median
         self.notify: Callable[[], None] = lambda: None  # called when sweep.json says something new
         self._notified = 0.0
 
@@ -82,19 +81,21 @@ class SweepController:
         return self._promoted(at_least_one=True) if is_stuck else None
 
     def _promoted(self, *, at_least_one: bool = False) -> Trial | None:
-        """Take a paused trial that is worth resuming by now."""
+        """Take a paused trial that is among the best of its rung by now."""
         by_unit = {self.state.trials[number].unit: number for number in self._paused}
-        if not by_unit:
+        rungs = {unit: self._progress[number].rung or 0 for unit, number in by_unit.items()}
+        unit = self._halving.promotable(rungs, self._lower_is_better(), at_least_one=at_least_one)
+        if unit is None:
             return None
-        factor = self.plan.config.reduction_factor
-        promoted = self._ask_study(lambda study: study.promotable(by_unit, factor, at_least_one=at_least_one))
-        if promoted is None:
-            return None
-        unit, evaluation = promoted
         number = by_unit[unit]
-        self._progress[number].passed = evaluation
+        self._progress[number].rung = self._halving.rung_from(rungs[unit] + 1)
         self._paused.discard(number)
         return self.state.trials[number]
+
+    def _lower_is_better(self) -> dict[int, list[float]]:
+        """Return what units have reported, signed so that lower is better."""
+        sign = -1 if self.plan.config.direction is Direction.maximize else 1
+        return {unit.number: [sign * value for value in unit.reports] for unit in self._study.units.values()}
 
     def _may_start(self, trial: Trial) -> bool:
         """Return whether a trial may start now: of replicates that may be pruned, the first runs alone."""
@@ -113,22 +114,20 @@ class SweepController:
         """Have the sampler propose another setting; return whether there is one to run."""
         if self.plan.is_listed or self._is_exhausted:
             return False
-        refusals = []
-        for _ in range(MOST_REPEATS):
-            units = self.state.units
-            if len(units) >= (self.plan.config.n_trials or 0):
-                return False
-            proposal = self._ask_study(Study.propose)
-            if proposal is None:
-                return False
-            if self._accept(proposal, max(units, default=-1) + 1):
+        refusals, units = [], self.state.units
+        if len(units) >= (self.plan.config.n_trials or 0):
+            return False
+        unit = max(units, default=-1) + 1
+        for attempt in range(MOST_REPEATS):
+            if self._accept(self._study.propose(unit, attempt), unit):
                 return True
+            self._study.refuse()
             refusals.append(self.refusal)
         self._is_exhausted, self.has_only_refusals = True, all(refusals)
         return False
 
     def _accept(self, proposal: Proposal, unit: int) -> bool:
-        """Make a proposal trials of a unit; where it can't be run, or was tried, it is answered at once."""
+        """Make a proposal trials of a unit; return whether it can be run, and was not tried."""
         first = max(self.state.trials, default=-1) + 1
         found, problems = self.plan.unit(proposal.overrides, unit, first)
         known = {trial.identity: trial.unit for trial in self.state.trials.values()}
@@ -136,13 +135,14 @@ class SweepController:
         fresh = [trial for trial in found if trial.identity not in known]
         self.refusal = f"{problems[0].given}: {problems[0].reason}" if problems else ""
         if problems or not fresh:
-            value = None if same is None else self.state.mean(same)
-            self._ask_study(lambda study: study.answer(proposal, value))
             return False
-        unit = unit if same is None else same  # another seed of a setting that was tried
-        self._ask_study(lambda study: study.accept(proposal, unit))
+        if same is not None:  # another seed of a setting that was tried
+            self._study.refuse()
+            unit = same
+        else:
+            self._study.accept(Unit(unit, fresh[0].overrides, attrs=proposal.attrs or None))
         for number, trial in enumerate(fresh, first):
-            self.state.trials[number] = replace(trial, number=number, unit=unit)
+            self.state.trials[number] = replace(trial, number=number, unit=unit, sampler=dict(proposal.attrs))
             self.state.statuses[number] = TrialStatus("WAITING")
             self.state.todo.add(number)
             self.state.queue.append(number)
@@ -160,7 +160,7 @@ class SweepController:
         for number, status in sorted(self.state.statuses.items()):
             if status.state == "FINISHED" and number not in noted:
                 self.state.note(number, status)
-        self._ask_study(self._reconcile)
+        self._find_paused()
         if (self.state.queue or not self.plan.is_listed) and not self.workers.is_ready(POLL_SECONDS):
             self._display.say("importing what the trials need")
             while not self.workers.is_ready(POLL_SECONDS) and not self._stop_reason():
@@ -209,6 +209,7 @@ class SweepController:
             if time.monotonic() - self._notified > NOTIFY_SECONDS:  # trials have appeared in the store since
                 self._notified = time.monotonic()
                 self.notify()
+            self._answer_waiting()
             if self._display.is_due():
                 for number in self.workers.running:
                     self.state.statuses[number] = self.folder.status(number, self._metric, is_running=True)
@@ -223,12 +224,7 @@ class SweepController:
         return self._stop.asked()
 
     def _start(self, trial: Trial) -> None:
-        self._ask_study(lambda study: study.begin(trial.unit, trial.overrides))
-        may_be_pruned = self.plan.config.pruner is not Pruner.none and self._first(trial) is trial
-        link = self._ask_study(lambda study: self._link(study, trial)) if may_be_pruned else None
-        if self.fault:
-            self.state.queue.insert(0, trial.number)
-            return
+        self._study.begin(Unit(trial.unit, trial.overrides))
         progress = self._progress[trial.number]
         progress.attempts += 1
         progress.started = time.monotonic()
@@ -236,25 +232,34 @@ class SweepController:
             self._settle(trial, TrialStatus("FAILED", None, reason), TowlineError.exit_code)
             return
         run_dir = self.folder.run_dir(trial.number)
-        progress.written_ns = status_written_ns(run_dir)
+        progress.written_ns = written_ns(run_dir / STATUS)
         step = self.state.statuses[trial.number].step
         self._say(trial, "resumes" if step else "starts")
         self.state.statuses[trial.number] = TrialStatus("RUNNING", step=step)
-        self.workers.start(TrialJob(trial.number, dict(trial.config), run_dir, link))
+        self.workers.start(TrialJob(trial.number, dict(trial.config), run_dir, self._link(trial)))
 
     def _say(self, trial: Trial, text: str) -> None:
         self._display.say(f"trial {trial.number}  {short(trial.label) or self.plan.name}  {text}")
 
-    def _link(self, study: Study, trial: Trial) -> dict[str, Any]:
-        """Return where a trial asks whether to continue, and after which evaluation: it has passed the rungs before."""
-        settings = {key: self.plan.settings[key] for key in LINKED}
-        passed = self._progress[trial.number].passed
-        return secrets.masked(study.link(trial.unit), "sweep") | settings | {"passed": passed}
+    def _link(self, trial: Trial) -> dict[str, Any] | None:
+        """Return when a trial pauses, or that it waits for verdicts; None where it can't end early."""
+        if self._first(trial) is not trial or not (self._pauses or self._waits):
+            return None
+        progress, num_reports = self._progress[trial.number], len(self._study.units[trial.unit].reports)
+        progress.metrics_ns = None
+        if self._pauses and progress.rung is None:
+            progress.rung = self._halving.rung_from(max(1, num_reports))
+        return {"metric": self._metric, "pause_at": progress.rung, "waits": self._waits}
 
     def _collect(self, ended: Sequence[tuple[TrialJob, int]]) -> None:
         """Record how trials ended; those that may succeed on a retry are queued again."""
         for job, code in ended:
-            self._settle(self.state.trials[job.number], self._status_after_exit(job, code), code)
+            status = self._status_after_exit(job, code)
+            if self._pauses or self._waits:
+                self._note_reports(job.number)
+            if self._pauses and not status.is_over and self._is_at_rung(job.number, status):
+                status = self._pause(job.number)
+            self._settle(self.state.trials[job.number], status, code)
 
     def _settle(self, trial: Trial, status: TrialStatus, code: int) -> None:
         progress = self._progress[trial.number]
@@ -268,7 +273,7 @@ class SweepController:
         if is_again:
             self.state.queue.append(trial.number)
             return
-        if status.state == "PRUNED" and self.plan.config.pruner is Pruner.asha:
+        if status.state == "PRUNED" and self._pauses:
             self._paused.add(trial.number)
             progress.attempts = 0  # resuming it is another attempt
             return
@@ -282,7 +287,7 @@ class SweepController:
         """Return the status of a trial whose process has ended, and write it into the trial's folder."""
         how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         status = self.folder.status(job.number, self._metric)
-        if self._progress[job.number].written_ns == status_written_ns(job.run_dir):  # this start wrote nothing
+        if self._progress[job.number].written_ns == written_ns(job.run_dir / STATUS):  # this start wrote nothing
             is_left = code == 0 and status.state != "WAITING"  # its run is finished, whatever its value is
             if self._stop_reason() or is_left or status.state == "FINISHED" or status.is_damaged:
                 return status
@@ -301,21 +306,55 @@ class SweepController:
         is_certain = code in (0, TowlineError.exit_code) or status.cause.startswith(NonFiniteLossError.__name__)
         return status.state == "PREEMPTED" or not is_certain
 
-    # ---- the study
+    # ---- which end early
 
-    def _ask_study(self, ask: Callable[[Study], T]) -> T | None:
-        """Call the study; None where it does not answer, which stops a sweep that can't do without it."""
-        if self._study is None:
-            return None
-        try:
-            return ask(self._study)
-        except StudyError as error:
-            self._study = None
-            if self.plan.needs_study:
-                self.fault = str(error)
-            else:
-                self._display.say(f"WARNING: {error}. The sweep continues without it; the same command makes up for it")
-            return None
+    def _note_reports(self, number: int) -> tuple[float, ...]:
+        """Note what the trial that decides for its unit has reported, and return it."""
+        trial = self.state.trials[number]
+        if self._first(trial) is trial:
+            self._study.report(trial.unit, self.folder.reports(number, self._metric))
+        return self._study.units[trial.unit].reports
+
+    def _answer_waiting(self) -> None:
+        """Tell each trial that waits after an evaluation whether to continue."""
+        for number in self.workers.running if self._waits else ():
+            progress, run_dir = self._progress[number], self.folder.run_dir(number)
+            written = written_ns(run_dir / METRICS)
+            if written == progress.metrics_ns:
+                continue
+            progress.metrics_ns = written
+            reports = self.folder.reports(number, self._metric)
+            answered = len(self._study.units[self.state.trials[number].unit].reports)
+            is_worse = len(reports) > answered and self._is_worse(number)
+            reason = f"{self._metric} {reports[-1]:.4g} is worse than the median of others" if is_worse else ""
+            if reports:
+                pruning.answer(run_dir, len(reports), reason)
+
+    def _is_worse(self, number: int) -> bool:
+        return bool(self._note_reports(number)) and self._study.should_prune(self.state.trials[number].unit)
+
+    def _find_paused(self) -> None:
+        """Find the trials that are paused: those that say so, and those killed at an evaluation where they pause."""
+        for number in sorted(self.state.todo) if self._pauses else ():
+            trial, status = self.state.trials[number], self.state.statuses[number]
+            if self._first(trial) is not trial or status.state in ("FINISHED", "WAITING"):
+                continue
+            reports = self._study.units[trial.unit].reports
+            self._progress[number].rung = self._halving.rung_from(max(1, len(reports)))
+            if status.state == "PRUNED" or self._is_at_rung(number, status):
+                self.state.statuses[number] = self._pause(number)
+                self._paused.add(number)
+        self.state.queue = [number for number in self.state.queue if number not in self._paused]
+
+    def _is_at_rung(self, number: int, status: TrialStatus) -> bool:
+        """Return whether a trial that ended otherwise had come to where it pauses."""
+        num_reports = len(self._note_reports(number))
+        return num_reports == self._progress[number].rung and (status.num_steps or 0) > status.step
+
+    def _pause(self, number: int) -> TrialStatus:
+        """Record that a trial is paused at its rung."""
+        note_end(self.folder.run_dir(number), Pruned(f"paused at evaluation {self._progress[number].rung}"))
+        return self.folder.status(number, self._metric)
 
     def _end_unit(self, unit: int) -> None:
         """Record in the study how a unit ended, once all of its trials have."""
@@ -330,20 +369,7 @@ class SweepController:
         if states & UNENDED:
             return
         state = next(one for one in ("PRUNED", "FAILED", "FINISHED") if one in states)
-        value = self.state.mean(unit) if state == "FINISHED" else None
-        self._ask_study(lambda study: study.end(unit, state, value))
-
-    def _reconcile(self, study: Study) -> None:
-        """Bring the study up to date: after a sweep that was killed, or with a study that is gone."""
-        for unit in sorted(self.state.units):
-            trials = self.state.of_unit(unit)
-            states = self.state.states_of(trials)
-            is_paused = any(trial.number in self._paused for trial in trials)
-            if not is_paused and (states == {"FINISHED"} or "PRUNED" in states):
-                if not study.knows(unit):
-                    study.begin(unit, trials[0].overrides)
-                self._end_unit(unit)
-        study.keep_only(self.state.units)
+        self._study.end(unit, state, self.state.mean(unit) if state == "FINISHED" else None)
 
     # ---- what is shown and written
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from src import records, secrets
-from src.config.frozen import STATUS, SWEEP, config_hash, read_starts, read_status
+from src.config.frozen import SWEEP, config_hash, read_starts, read_status
 from src.config.options import option_files
 from src.errors import DamagedFileError, SweepError
 from src.metrics import greater_is_better
@@ -218,8 +218,12 @@ class SweepFolder:
             found = replace(found, state="FAILED", cause=f"killed at step {found.step}")
         if found.state == "WAITING":
             return found
-        last, elapsed_seconds = _newest(run_dir, metric)
-        return replace(found, last=last, elapsed_seconds=elapsed_seconds)
+        values, elapsed_seconds = _reported(run_dir, metric)
+        return replace(found, last=values[-1] if values else None, elapsed_seconds=elapsed_seconds)
+
+    def reports(self, number: int, metric: str) -> list[float]:
+        """Return what a trial has reported: its values of the metric at its evaluations."""
+        return _reported(self.run_dir(number), metric)[0]
 
     def held(self, numbers: Sequence[int]) -> Iterator[tuple[int, str]]:
         """Yield the trials whose folder a living process holds, and which."""
@@ -311,21 +315,21 @@ def _logged(run_dir: Path, metric: str, status: Mapping[str, Any]) -> float | No
     return float(values[-1] if name == metric else best(values))
 
 
-def _newest(run_dir: Path, metric: str) -> tuple[float | None, float]:
-    """Return the newest value of the metric, and how many seconds the run had taken by its last line."""
+def _reported(run_dir: Path, metric: str) -> tuple[list[float], float]:
+    """Return a run's values of the metric at its evaluations, and how many seconds it had taken by its last line."""
     name = metric.removeprefix("best/")
     try:
         lines = [line.content for line in read_step_log(run_dir, METRICS)]
     except DamagedFileError:  # the run itself reports it, when it resumes
         lines = []
-    value = next((float(line[name]) for line in reversed(lines) if line.get(name) is not None), None)
-    return value, max((line.get("perf/elapsed_seconds") or 0.0 for line in lines), default=0.0)
+    values = [float(line[name]) for line in lines if line.get(name) is not None]
+    return values, max((line.get("perf/elapsed_seconds") or 0.0 for line in lines), default=0.0)
 
 
-def status_written_ns(run_dir: Path) -> int | None:
-    """Return when a run's status.json was last written, in nanoseconds; None where there is none."""
+def written_ns(file: Path) -> int | None:
+    """Return when a file was last written, in nanoseconds; None where there is none."""
     try:
-        return (run_dir / STATUS).stat().st_mtime_ns
+        return file.stat().st_mtime_ns
     except OSError:
         return None
 

@@ -87,11 +87,6 @@ class Plan:
         return bool(self.trials)
 
     @property
-    def needs_study(self) -> bool:
-        """Return whether trials depend on the study: on what it proposes, or ends early."""
-        return not self.is_listed or self.config.pruner is not Pruner.none
-
-    @property
     def num_replicates(self) -> int:
         """How many trials a setting has, where they are averaged."""
         return size(self.replicates) or 1

@@ -13,7 +13,7 @@ NEEDED = (
     *("torch", "transformers", "transformers.generation.utils", "accelerate"),
     *("src.checkpoint.store", "src.data.dataset", "src.evaluation.evaluate", "src.evaluation.samples"),
     *("src.model.build", "src.model.card", "src.model.export", "src.overview"),
-    *("src.runtime.session", "src.sweep.study", "src.tracking.tracker"),
+    *("src.runtime.session", "src.sweep.pruning", "src.tracking.tracker"),
     *("src.training.loop", "src.training.resume", "src.training.state", "pandas"),  # pyarrow imports pandas at work
 )
 

@@ -4,13 +4,14 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from src.config.schema import Direction, Sampler
+from src.config.schema import Direction, Pruner, Sampler
 from src.sweep.folder import TRIAL_STATES, SweepFolder, TrialStatus
 from src.sweep.plan import Plan
 from src.sweep.progress import TableRow
+from src.sweep.study import Unit
 from src.sweep.trial import Trial
 from src.tracking.live import clock
 from src.tracking.run_folder import now
@@ -136,3 +137,25 @@ def early_replicates(trials: Sequence[Trial], statuses: Mapping[int, TrialStatus
     pruned = {trial.unit for trial in trials if statuses[trial.number].state == "PRUNED"}
     waiting = [t.number for t in trials if t.unit in pruned and statuses[t.number].state == "WAITING"]
     return {number: TrialStatus("PRUNED", cause="the first trial of its setting was") for number in waiting}
+
+
+def units_of(state: SweepState) -> Iterator[Unit]:
+    """Yield what the folder says of each unit that was tried, in their order; paused ones are being tried."""
+    plan = state.plan
+    ends_early = plan.config.pruner is not Pruner.none
+    for number in sorted(state.units):
+        trials = state.of_unit(number)
+        if not trials:
+            continue
+        states = state.states_of(trials)
+        found = next((one for one in ("PRUNED", "FAILED") if one in states), "RUNNING")
+        if states == {"FINISHED"}:
+            found = "FINISHED"
+        elif found == "PRUNED" and plan.config.pruner is Pruner.asha:
+            found = "RUNNING"
+        elif states == {"WAITING"} and plan.is_listed:
+            continue
+        value = state.mean(number) if found == "FINISHED" else None
+        first = min(trials, key=lambda trial: trial.number)
+        reports = state.folder.reports(first.number, plan.config.metric) if ends_early else []
+        yield Unit(number, first.overrides, found, value, tuple(reports), first.sampler)

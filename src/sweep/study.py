@@ -1,38 +1,46 @@
-"""The Optuna study of a sweep: what it has tried, and what a sampler proposes next. The door to Optuna.
+"""The Optuna study of a sweep, in memory: what samplers and pruners know. The door to Optuna.
 
-A study's trial is a *unit*: one run of a grid, or one setting whose runs are averaged. The sweep's folder is the truth
-about its runs; the study is what samplers, pruners and Optuna's own tools read. A run that may end early asks it at
-every evaluation. No torch here.
+A study's trial is a *unit*: one run of a grid, or one setting whose runs are averaged. The sweep's folder is the truth:
+the study is made of it at each start, so that what it proposes depends on nothing else. No torch here.
 """
 
-import json
 import logging
 import math
-import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from src.config.quoting import in_url
+import numpy as np
+
 from src.config.schema import Pruner, Sampler, SweepConfig
-from src.errors import Pruned, StudyError, SweepError, one_line
-from src.secrets import reveal
-from src.sweep.plan import Plan
 from src.sweep.space import Axis
 
-UNIT, FOLDER, SPACE, METRIC = "towline.unit", "towline.folder", "towline.space", "towline.metric"
-FILE = "study.db"  # the SQLite file in the sweep's folder, unless `sweep.storage` names another place
-LOCK_SECONDS = 60  # how long a process waits for another one's write to a SQLite file
+UNIT = "towline.unit"
 OPTUNA_STATES = {"FINISHED": "COMPLETE", "PRUNED": "PRUNED", "FAILED": "FAIL"}
 
 
 @dataclass(frozen=True)
-class Proposal:
-    """A setting that the sampler wants tried: the study's number for it, and its overrides, each as KEY=VALUE."""
+class Unit:
+    """What the sweep's folder says of a unit.
+
+    `reports` are its values at evaluations 1, 2, …, `value` its result; `attrs` what the sampler noted with it.
+    """
 
     number: int
     overrides: tuple[str, ...]
+    state: str = "RUNNING"  # or FINISHED, PRUNED, FAILED
+    value: float | None = None
+    reports: tuple[float, ...] = ()
+    attrs: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A setting that the sampler wants tried: its overrides, each as KEY=VALUE, and what the sampler notes with it."""
+
+    overrides: tuple[str, ...]
+    attrs: Mapping[str, Any]
 
 
 def optuna() -> Any:
@@ -40,238 +48,143 @@ def optuna() -> Any:
     import optuna as library
 
     library.logging.set_verbosity(logging.WARNING)
+    warnings.filterwarnings("ignore", category=library.exceptions.ExperimentalWarning)
     return library
 
 
-def open_storage(url: str) -> Any:
-    """Open a storage by its URL; StudyError where it can't be opened."""
-    settings = {"connect_args": {"timeout": LOCK_SECONDS}} if url.startswith("sqlite:") else {"pool_pre_ping": True}
-    try:
-        return optuna().storages.RDBStorage(url, engine_kwargs=settings)
-    except Exception as error:  # of the database's own driver, or that there is none
-        raise _refused(url, f"can't be opened: {one_line(error)}") from error
+class TrialWriter:
+    """Keeps the trials of one of Optuna's studies as the units are that they stand for."""
 
+    def __init__(self, study: Any, distributions: Mapping[str, Any]) -> None:
+        self._study, self._storage, self._distributions = study, study._storage, distributions
+        self._written: dict[int, tuple[int, Unit]] = {}  # unit -> its trial's id, and what is written of it
 
-@contextmanager
-def answering(url: str) -> Iterator[None]:
-    """Raise StudyError where the storage that is asked in the block does not answer, or lost what it had."""
-    from sqlalchemy.exc import SQLAlchemyError
+    def write(self, unit: Unit) -> None:
+        """Bring a unit's trial up to date; of one that had ended, and is tried again, it is another trial."""
+        trial_id, before = self._written.get(unit.number, (None, None))
+        if before is None or before.state != "RUNNING":
+            given = trial_of(unit, self._distributions)
+            trial_id = self._storage.create_new_trial(self._study._study_id, template_trial=given)
+        else:
+            for evaluation, value in enumerate(unit.reports[len(before.reports) :], len(before.reports) + 1):
+                self._storage.set_trial_intermediate_value(trial_id, evaluation, value)
+            if unit.state != "RUNNING":
+                state = optuna().trial.TrialState[OPTUNA_STATES[unit.state]]
+                self._storage.set_trial_state_values(trial_id, state, None if unit.value is None else [unit.value])
+        assert trial_id is not None
+        self._written[unit.number] = trial_id, unit
 
-    try:
-        yield
-    except (optuna().exceptions.OptunaError, SQLAlchemyError, LookupError, ValueError, OSError) as error:
-        cause = getattr(error.__cause__, "orig", None) or error  # what the driver says; Optuna only guesses
-        raise _refused(url, f"does not answer as it should: {one_line(cause)}") from error
+    def adopt(self, unit: Unit, trial_id: int) -> None:
+        """Take a trial of the study as a unit's."""
+        self._storage.set_trial_user_attr(trial_id, UNIT, unit.number)
+        self._written[unit.number] = trial_id, unit
 
-
-def _refused(url: str, reason: str) -> StudyError:
-    """Return the error that says what is wrong with a storage, and what to do."""
-    from sqlalchemy.engine import make_url
-
-    if url.startswith("sqlite:") and (file := make_url(url).database):
-        remedy = f"Move {file} away: the same command makes the study anew, of what the sweep's folder has"
-    else:
-        remedy = "Fix it, or choose another sweep.storage: there the study is made anew, of what the sweep's folder has"
-    return StudyError(f"the study's storage {url} {reason}. {remedy}")
-
-
-def pruner_of(kind: Pruner, min_resource: int, reduction_factor: int) -> Any:
-    """Build a pruner that counts in evaluations."""
-    pruners = optuna().pruners
-    if kind is Pruner.median:
-        return pruners.MedianPruner(n_warmup_steps=min_resource)
-    if kind is Pruner.asha:
-        return _halving(min_resource, reduction_factor)
-    return pruners.NopPruner()
-
-
-def _halving(min_resource: int, reduction_factor: int) -> Any:
-    """Build the pruner of asynchronous successive halving (Li et al. 2020, arXiv 1810.05934).
-
-    Optuna's own can't resume what it ended, so the first trials of a rung all pass it. Here a trial is paused at a rung
-    unless it is among the best there, and resumes once it is: see Study.promotable.
-    """
-
-    class Halving(optuna().pruners.BasePruner):  # type: ignore[misc]
-        def prune(self, study: Any, trial: Any) -> bool:
-            step = trial.last_step
-            if step is None or not _is_rung(step, min_resource, reduction_factor):
-                return False
-            value, trials = trial.intermediate_values[step], study.get_trials(deepcopy=False)
-            return not _is_among_best(trials, _sign(study), value, step, reduction_factor)
-
-    return Halving()
-
-
-def _is_rung(step: int, min_resource: int, reduction_factor: int) -> bool:
-    while step > min_resource and step % reduction_factor == 0:
-        step //= reduction_factor
-    return step == min_resource
-
-
-def _sign(study: Any) -> int:
-    """Return what makes the study's better values the lower ones."""
-    return -1 if study.direction == optuna().study.StudyDirection.MAXIMIZE else 1
-
-
-def _is_among_best(trials: Sequence[Any], sign: int, value: float, step: int, reduction_factor: int) -> bool:
-    """Return whether a value is in the best 1 / reduction_factor of those that reached a rung."""
-    values = sorted(sign * trial.intermediate_values[step] for trial in trials if step in trial.intermediate_values)
-    num_kept = len(values) // reduction_factor
-    return num_kept > 0 and sign * value <= values[num_kept - 1]
+    def trial(self, unit: int) -> Any:
+        return self._storage.get_trial(self._written[unit][0])
 
 
 class Study:
-    """The study of one sweep, addressed by unit. Built by `open_study`.
+    """The units of a sweep, and what a sampler and a pruner make of them; `changed` takes each that has changed."""
 
-    Every method that reaches the storage raises StudyError where it does not answer, or lost what it had.
-    """
+    def __init__(
+        self, config: SweepConfig, axes: Sequence[Axis], units: Sequence[Unit], changed: Callable[[Unit], None]
+    ) -> None:
+        self._config, self._axes, self._changed = config, {axis.key: axis for axis in axes}, changed
+        self.units = {unit.number: unit for unit in units}
+        self._built: tuple[Any, TrialWriter] | None = None
+        self._asked = 0  # the id of the trial that was proposed last
 
-    def __init__(self, study: Any, axes: Sequence[Axis], storage: Any, url: str) -> None:
-        self._study, self._storage, self._url = study, storage, url
-        self._axes = {axis.key: axis for axis in axes}
-        self._distributions = {axis.key: _distribution(axis) for axis in axes}
-        self._numbers: dict[int, int] = {}
-        self._open: set[int] = set()
+    def _optuna(self) -> tuple[Any, TrialWriter]:
+        """Return Optuna's study, made when it is first needed: a grid needs none."""
+        if self._built is None:
+            study = optuna().create_study(direction=self._config.direction.value, pruner=_pruner(self._config))
+            writer = TrialWriter(study, {key: distribution(axis) for key, axis in self._axes.items()})
+            self._built = study, writer
+            for unit in self.units.values():
+                writer.write(unit)
+        return self._built
 
-    def read(self) -> None:
-        """Read which units the study has, the newest trial of each, and which of them have not ended."""
-        trials = self._trials()
-        self._numbers = {trial.user_attrs[UNIT]: trial.number for trial in trials if UNIT in trial.user_attrs}
-        self._open = {trial.number for trial in trials if not trial.state.is_finished()}
+    def _set(self, unit: Unit) -> None:
+        self.units[unit.number] = unit
+        if self._built is not None:
+            self._built[1].write(unit)
+        self._changed(unit)
 
-    def knows(self, unit: int) -> bool:
-        """Return whether a unit was ever tried, as far as the study knows."""
-        return unit in self._numbers
+    def begin(self, unit: Unit) -> None:
+        """Note that a unit is being tried; one that failed is tried anew."""
+        if (known := self.units.get(unit.number)) is None or known.state == "FAILED":
+            self._set(unit)
 
-    def close(self) -> None:
-        """Close the storage."""
-        self._storage.remove_session()
-        self._storage.engine.dispose()
+    def report(self, number: int, reports: Sequence[float]) -> None:
+        """Note all that a unit that is being tried has reported so far."""
+        unit = self.units[number]
+        if unit.state == "RUNNING" and len(reports) > len(unit.reports):
+            self._set(replace(unit, reports=tuple(reports)))
 
-    def is_open(self, unit: int) -> bool:
-        """Return whether a unit is being tried, as far as the study knows."""
-        return self._numbers.get(unit) in self._open
+    def end(self, number: int, state: str, value: float | None = None) -> None:
+        """Note how a unit ended: FINISHED with its value, PRUNED or FAILED."""
+        if self.units[number].state == "RUNNING":
+            self._set(replace(self.units[number], state=state, value=value))
 
-    def link(self, unit: int) -> dict[str, Any]:
-        """Return where a unit's run asks whether to continue."""
-        with answering(self._url):
-            trial_id = self._trials()[self._numbers[unit]]._trial_id
-        return {"study": self._study.study_name, "storage": self._url, "trial_id": trial_id}
+    def should_prune(self, number: int) -> bool:
+        """Return whether a unit that is being tried looks worse than others did at its last evaluation."""
+        study, writer = self._optuna()
+        return bool(study.pruner.prune(study, writer.trial(number)))
 
-    def promotable(
-        self, paused: Iterable[int], reduction_factor: int, *, at_least_one: bool = False
-    ) -> tuple[int, int] | None:
-        """Return a paused unit that is among the best of its rung (at_least_one: or the best of all), and its rung."""
-        sign = _sign(self._study)
-        with answering(self._url):
-            trials = self._trials()
-            known = [(unit, trials[self._numbers[unit]]) for unit in paused]
-        rungs = [(*max(one.intermediate_values.items()), unit) for unit, one in known if one.intermediate_values]
-        for step, value, unit in sorted(rungs, key=lambda rung: (-rung[0], sign * rung[1])):
-            if at_least_one or _is_among_best(trials, sign, value, step, reduction_factor):
-                return unit, step
-        return None
+    def propose(self, number: int, attempt: int) -> Proposal:
+        """Return what the sampler wants tried as a unit; to be answered by `accept` or `refuse`.
 
-    def begin(self, unit: int, overrides: Sequence[str]) -> None:
-        """Note that a unit is being tried, where the study does not know that: one of a grid, or one tried again."""
-        if self.is_open(unit):
-            return
-        given = dict(text.split("=", 1) for text in overrides)
-        params = {key: self._param(key, given[key]) for key in self._distributions if key in given}
-        params = {key: value for key, value in params.items() if self._has(key, value)}  # others are of another command
-        library = optuna()
-        trial = library.trial.create_trial(
-            state=library.trial.TrialState.RUNNING,
-            params=params,
-            distributions={key: self._distributions[key] for key in params},
-            user_attrs={UNIT: unit},
-        )
-        with answering(self._url):
-            self._study.add_trial(trial)
-            number = self._trials()[-1].number
-        self._numbers[unit] = number
-        self._open.add(number)
-
-    def propose(self) -> Proposal:
-        """Ask the sampler for a setting; it is answered by `accept` or `answer`."""
-        with answering(self._url):
-            trial = self._study.ask(self._distributions)
+        `attempt` counts what was refused as this unit, from 0. The same units, number and attempt have one proposal.
+        """
+        study, _ = self._optuna()
+        seed = np.random.SeedSequence((self._config.seed, number, attempt)).generate_state(1)[0]
+        study.sampler = _sampler(self._config, int(seed))
+        trial = study.ask({key: distribution(axis) for key, axis in self._axes.items()})
+        self._asked = trial._trial_id
         values = [(axis, trial.params[key]) for key, axis in self._axes.items()]
         texts = (axis.at(value) if axis.interval else f"{axis.key}={value}" for axis, value in values)
-        return Proposal(trial.number, tuple(texts))
+        return Proposal(tuple(texts), study._storage.get_trial(self._asked).system_attrs)
 
-    def accept(self, proposal: Proposal, unit: int) -> None:
-        """Note which unit a proposal becomes."""
-        with answering(self._url):
-            self._study._storage.set_trial_user_attr(self._trials()[proposal.number]._trial_id, UNIT, unit)
-        self._numbers[unit] = proposal.number
-        self._open.add(proposal.number)
+    def accept(self, unit: Unit) -> None:
+        """Note that the last proposal became a unit."""
+        self.units[unit.number] = unit
+        self._optuna()[1].adopt(unit, self._asked)
+        self._changed(unit)
 
-    def answer(self, proposal: Proposal, value: float | None) -> None:
-        """Answer a proposal that becomes no unit: with what is known of it, or that it can't be run."""
-        self._end(proposal.number, "FAILED" if value is None else "FINISHED", value)
-
-    def end(self, unit: int, state: str, value: float | None = None) -> None:
-        """Note how a unit that is being tried ended: FINISHED with its value, PRUNED or FAILED."""
-        if self.is_open(unit):
-            self._end(self._numbers[unit], state, value)
-            self._open.discard(self._numbers[unit])
-
-    def keep_only(self, units: Collection[int]) -> None:
-        """Forget units that the sweep does not have, and end proposals that became none: nobody wrote them down."""
-        self._numbers = {unit: number for unit, number in self._numbers.items() if unit in units}
-        for number in self._open - set(self._numbers.values()):
-            self._end(number, "FAILED", None)
-        self._open &= set(self._numbers.values())
-
-    def _end(self, number: int, state: str, value: float | None) -> None:
-        states = optuna().trial.TrialState
-        with answering(self._url):
-            self._study.tell(number, value, state=states[OPTUNA_STATES[state]], skip_if_finished=True)
-
-    def _trials(self) -> list[Any]:
-        return self._study.get_trials(deepcopy=False)
-
-    def widen(self, trials: Sequence[Any]) -> None:
-        """Take what other trials chose among the choices: a study's can't change while it has trials."""
-        categorical = optuna().distributions.CategoricalDistribution
-        for trial in trials:
-            for key, one in trial.distributions.items():
-                known = self._distributions.get(key)
-                if isinstance(one, categorical) and isinstance(known, categorical):
-                    new = [choice for choice in one.choices if choice not in known.choices]
-                    self._distributions[key] = categorical([*known.choices, *new])
-
-    def take_over(self, trials: Sequence[Any]) -> None:
-        """Add trials of a study whose choices were others, with those of their values that are choices now."""
-        for trial in trials:
-            kept = {
-                key: one
-                for key, one in self._distributions.items()
-                if type(trial.distributions.get(key)) is type(one) and self._has(key, trial.params[key])
-            }
-            trial.params = {key: trial.params[key] for key in kept}
-            trial.distributions = kept
-            self._study.add_trial(trial)
-
-    def _has(self, key: str, value: Any) -> bool:
-        """Return whether the study knows a value of a key."""
-        known = self._distributions[key]
-        if (interval := self._axes[key].interval) is None:
-            return value in known.choices
-        return value is not None and interval.low <= value <= interval.high
-
-    def _param(self, key: str, text: str) -> Any:
-        if (interval := self._axes[key].interval) is None:
-            return text
-        try:
-            return int(text) if interval.is_int else float(text)
-        except ValueError:  # of another command, when it was no interval
-            return None
+    def refuse(self) -> None:
+        """Forget the last proposal, which can't be run or was tried before."""
+        self._built = None
 
 
-def _distribution(axis: Axis) -> Any:
+def trial_of(unit: Unit, distributions: Mapping[str, Any]) -> Any:
+    """Return a unit as Optuna's trial, with its values of the keys that have a distribution with them."""
+    library, params = optuna(), params_of(unit)
+    held = {key: text for key, text in params.items() if key in distributions and _holds(distributions[key], text)}
+    known = {key: value_of(distributions[key], text) for key, text in held.items()}
+    return library.trial.create_trial(
+        state=library.trial.TrialState[OPTUNA_STATES.get(unit.state, unit.state)],
+        value=unit.value,
+        params=known,
+        distributions={key: distributions[key] for key in known},
+        intermediate_values=dict(enumerate(unit.reports, 1)),
+        user_attrs={UNIT: unit.number},
+        system_attrs=dict(unit.attrs or {}),
+    )
+
+
+def params_of(unit: Unit) -> dict[str, str]:
+    """Return what a unit has of each key, as it was written."""
+    return dict(text.split("=", 1) for text in unit.overrides)
+
+
+def value_of(distribution: Any, text: str) -> Any:
+    """Return a value that a distribution holds as it has it."""
+    is_choice = isinstance(distribution, optuna().distributions.CategoricalDistribution)
+    return text if is_choice else distribution.to_external_repr(float(text))
+
+
+def distribution(axis: Axis) -> Any:
+    """Return the values of an axis as Optuna's distribution."""
     distributions = optuna().distributions
     if axis.interval is None:
         return distributions.CategoricalDistribution([text.partition("=")[2] for text in axis.values])
@@ -281,104 +194,43 @@ def _distribution(axis: Axis) -> Any:
     return distributions.FloatDistribution(float(low), float(high), log=axis.interval.is_log)
 
 
-def open_study(plan: Plan, num_tried: int) -> Study:
-    """Open a sweep's study, or begin it; anew with force=true.
-
-    StudyError says why the storage, or what it has, can't be read, and what to do; SweepError: it has this name for
-    another folder's study. A study that is gone is made of the `num_tried` trials that the sweep's folder has.
-    """
-    file = plan.folder / FILE
-    url = plan.config.storage or f"sqlite:///{in_url(file.resolve())}"
-    if plan.config.storage is None and os.path.lexists(file) and not os.path.isfile(file):
-        raise _refused(url, "is no plain file")
-    storage = open_storage(url)
-    with answering(url):
-        return _opened(plan, storage, url, num_tried)
-
-
-def _opened(plan: Plan, storage: Any, url: str, num_before: int) -> Study:
-    library, config, name = optuna(), plan.config, plan.name
-    known = {study.study_name: study for study in storage.get_all_studies()}
-    here, written = str(plan.folder.resolve()), json.dumps(plan.space, sort_keys=True)
-    judged = f"{config.metric} {config.direction.value}"
-    before: list[Any] = []
-    if (old := known.get(name)) is not None:
-        of_another = old.user_attrs.get(FOLDER, here if not storage.get_n_trials(old._study_id) else None) != here
-        if of_another and config.storage is not None:  # its own file moves with the folder
-            owner = old.user_attrs.get(FOLDER)
-            raise SweepError(f"{config.storage} has a study {name} already, of {owner}; choose another sweep.name")
-        num_before = 0 if plan.force else max(num_before, storage.get_n_trials(old._study_id))
-        is_kept = not plan.force and old.user_attrs.get(METRIC) == judged  # else its values come from the folder
-        if not is_kept or old.user_attrs.get(SPACE) != written:  # a study's choices can't change
-            before = storage.get_all_trials(old._study_id) if is_kept else []
-            library.delete_study(study_name=name, storage=storage)
-    study = library.create_study(
-        study_name=name,
-        storage=storage,
-        direction=config.direction.value,
-        sampler=_sampler(config, num_before),
-        pruner=pruner_of(config.pruner, config.min_resource, config.reduction_factor),
-        load_if_exists=True,
-    )
-    study.set_user_attr(FOLDER, here)
-    study.set_user_attr(METRIC, judged)
-    opened = Study(study, plan.axes, storage, url)
-    opened.widen(before or study.get_trials(deepcopy=False))
-    opened.take_over(before)
-    study.set_user_attr(SPACE, written)  # it is whole only now
-    opened.read()
-    return opened
+def spanning(axes: Sequence[Axis], units: Iterable[Unit]) -> dict[str, Any]:
+    """Return the distributions of axes and of all that units have of them, which may be of an earlier command."""
+    library, found = optuna().distributions, {axis.key: distribution(axis) for axis in axes}
+    for key, text in {pair: None for unit in units for pair in params_of(unit).items()}:
+        if key not in found or _holds(one := found[key], text):
+            continue
+        if isinstance(one, library.CategoricalDistribution):
+            found[key] = library.CategoricalDistribution([*one.choices, text])
+        elif _is_number(text) and not (one.log and float(text) <= 0):
+            value = one.to_external_repr(float(text))
+            found[key] = type(one)(min(one.low, value), max(one.high, value), log=one.log)
+    return found
 
 
-def _sampler(config: SweepConfig, num_before: int) -> Any:
-    """Build the sampler; one that resumes must not propose again what it began with."""
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _holds(distribution: Any, text: str) -> bool:
+    """Return whether a value, as it was written, is one of a distribution's: others are of another command."""
+    if isinstance(distribution, optuna().distributions.CategoricalDistribution):
+        return text in distribution.choices
+    return _is_number(text) and bool(distribution.low <= float(text) <= distribution.high)
+
+
+def _pruner(config: SweepConfig) -> Any:
+    """Build the pruner; asha is `pruning.Halving`, which can resume what it paused."""
+    pruners = optuna().pruners
+    if config.pruner is Pruner.median:
+        return pruners.MedianPruner(n_warmup_steps=config.min_resource)
+    return pruners.NopPruner()
+
+
+def _sampler(config: SweepConfig, seed: int) -> Any:
     samplers = optuna().samplers
     kind = samplers.TPESampler if config.sampler is Sampler.tpe else samplers.RandomSampler
-    return kind(seed=(config.seed + num_before) % 2**32)
-
-
-class Pruning:
-    """Asks the study in `link`, made by `SweepController`, whether a run is worth continuing; None: nobody is asked.
-
-    `done` are the lines of metrics up to the step that the run resumes from. Where the study can't be asked, the run
-    continues, and warns.
-    """
-
-    def __init__(
-        self, link: Mapping[str, Any] | None, done: Sequence[Mapping[str, Any]], warn: Callable[[str], None]
-    ) -> None:
-        self._link, self._warn = link, warn
-        self._metric = str(link["metric"]).removeprefix("best/") if link else ""
-        self._count = sum(self._metric in line for line in done)
-        self._trial: Any = None
-
-    def verdict(self, metrics: Mapping[str, float]) -> str:
-        """Report an evaluation; return why the run should end here, or ''."""
-        value = metrics.get(self._metric)
-        if self._link is None or value is None:
-            return ""
-        self._count += 1
-        if not math.isfinite(value):
-            return ""  # a failure, which the end of the run reports
-        try:
-            trial = self._trial or self._open(self._link)
-            trial.report(value, self._count)
-            is_worse = self._count > self._link["passed"] and trial.should_prune()
-        except Exception as error:  # whatever the storage raises: a run does not end because nobody answers
-            self._warn(f"the sweep's study can't be asked whether to prune the run, so it continues: {one_line(error)}")
-            return ""
-        others = f"{self._metric} {value:.4g} at evaluation {self._count}"
-        return f"{others}: other trials of the sweep were better ({self._link['pruner']})" if is_worse else ""
-
-    def _open(self, link: Mapping[str, Any]) -> Any:
-        pruner = pruner_of(Pruner[link["pruner"]], link["min_resource"], link["reduction_factor"])
-        storage = open_storage(reveal(link["storage"], [], "sweep.storage"))
-        study = optuna().load_study(study_name=link["study"], storage=storage, pruner=pruner)
-        self._trial = optuna().trial.Trial(study, link["trial_id"])
-        return self._trial
-
-
-def end_early(reason: str) -> None:
-    """Raise Pruned, unless the reason is empty."""
-    if reason:
-        raise Pruned(reason)
+    return kind(seed=seed)

@@ -9,20 +9,21 @@ from typing import Any
 
 from src.config.command_line import CommandLine
 from src.config.problems import refuse
-from src.config.schema import Device, Pruner
-from src.errors import Interrupted, RunFolderError, StudyError, TowlineError, is_disk_full, report, visible
+from src.config.schema import Device
+from src.errors import Interrupted, RunFolderError, TowlineError, is_disk_full, report, visible
 from src.runtime.launch import ORPHAN_SECONDS
 from src.runtime.signals import StopRequest
 from src.sweep import leaderboard
 from src.sweep.controller import POLL_SECONDS, UNENDED, SweepController
 from src.sweep.folder import SweepFolder, TrialStatus
 from src.sweep.launched import Launched, TrialRunner, is_own_launcher
+from src.sweep.mirror import Mirror
 from src.sweep.plan import Plan, plan_sweep
 from src.sweep.progress import ProgressTable, failures, listing
 from src.sweep.ranking import Direction, conclusion, rank
 from src.sweep.standings import result_of
-from src.sweep.state import SweepState, early_replicates
-from src.sweep.study import Study, open_study
+from src.sweep.state import SweepState, early_replicates, units_of
+from src.sweep.study import Study
 from src.sweep.trial import Trial
 from src.sweep.workers import RunTrial, Workers, end_fork_server, modules_of_run, start_fork_server
 from src.tracking.console import Console
@@ -53,8 +54,7 @@ def request_sweep(line: CommandLine, stop: StopRequest, run_trial: RunTrial) -> 
             if not plan.config.dry_run and plan.is_own_sweeper:
                 if_refused.callback(end_fork_server)
                 varied = {axis.key.partition(".")[0] for axis in plan.axes}
-                is_pruned = plan.config.pruner is not Pruner.none
-                start_fork_server(modules_of_run(plan.sample, varied, is_pruned=is_pruned))
+                start_fork_server(modules_of_run(plan.sample, varied))
 
         plan = plan_sweep(line, begin)
         if_refused.pop_all()
@@ -85,7 +85,7 @@ def sweep(request: SweepRequest, config: Any, context: Any) -> int:
 def lead(plan: Plan, stop: StopRequest, workers: TrialRunner) -> int:
     """Lead a sweep to its end, from the beginning or from where it was stopped; return the exit code.
 
-    SweepError or RunFolderError say why the folder or the study can't be used; Interrupted: stopped before it began.
+    SweepError or RunFolderError say why the folder can't be used; Interrupted: stopped before it began.
     """
     console, record = Console(), SweepFolder(plan.folder)
     if plan.config.dry_run:
@@ -126,8 +126,10 @@ def _run_trials(plan: Plan, record: SweepFolder, stop: StopRequest, workers: Tri
         record.keep_conf(plan.line.roots)
         plan.compose_from(record.conf())
         record.write_trials(trials)
-        study = _study(plan, len(trials), until_the_end, console)
         state = SweepState(plan, record, trials, todo)
+        units = list(units_of(state))
+        mirror = until_the_end.enter_context(closing(Mirror(plan, units, console.warn)))
+        study = Study(plan.config, plan.axes, units, mirror.note)
         controller = SweepController(state, study, workers, stop, display)
         _warn_of_damage(state.statuses, console)
         controller.write("RUNNING")
@@ -162,17 +164,6 @@ def _reclaim(record: SweepFolder, workers: TrialRunner, display: ProgressTable, 
         if time.monotonic() > deadline:
             raise RunFolderError(f"trial {held[0][0]} is still running: {held[0][1]}")
         time.sleep(POLL_SECONDS * 5)
-
-
-def _study(plan: Plan, num_tried: int, until_the_end: ExitStack, console: Console) -> Study | None:
-    """Open the sweep's study; None where its own file can't be used, and the sweep can do without."""
-    try:
-        return until_the_end.enter_context(closing(open_study(plan, num_tried)))
-    except StudyError as error:
-        if plan.needs_study or plan.config.storage is not None:
-            raise
-        console.warn(f"{error}. The sweep continues without it")
-        return None
 
 
 def _warn_of_damage(statuses: Mapping[int, TrialStatus], console: Console) -> None:

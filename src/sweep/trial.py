@@ -41,6 +41,7 @@ class Trial:
     seed: int
     fold: int | None
     config: Mapping[str, Any]
+    sampler: Mapping[str, Any] | None = None  # what the sampler noted with its proposal, which its next ones depend on
 
     @property
     def label(self) -> str:
@@ -54,17 +55,19 @@ class Trial:
 
     def as_dict(self) -> dict[str, Any]:
         """Return a line of trials.jsonl."""
-        return with_checksum(dataclasses.asdict(self) | {"config": dict(self.config)})
+        values = dataclasses.asdict(self) | {"config": dict(self.config)}
+        return with_checksum({key: value for key, value in values.items() if key != "sampler" or value})
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Self:
-        return cls(**{key: given[key] for key in TRIAL_KEYS} | {"overrides": tuple(given["overrides"])})
+        values = {key: given[key] for key in TRIAL_KEYS} | {"overrides": tuple(given["overrides"])}
+        return cls(**values, sampler=given.get("sampler"))
 
 
 def check_trial(line: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> None:
     """Check that a line of trials.jsonl is the trial that was written; ValueError says what is not."""
     check_keys(line, TRIAL_KEYS)
-    if line.keys() - {CHECKSUM} != TRIAL_KEYS.keys():
+    if line.keys() - {CHECKSUM, "sampler"} != TRIAL_KEYS.keys():
         raise ValueError(f"it has the keys {', '.join(line)}, where {', '.join(TRIAL_KEYS)} are those of a trial")
     check_checksum(line)
     if not all(isinstance(text, str) for text in line["overrides"]):

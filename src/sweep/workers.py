@@ -28,7 +28,7 @@ from src.runtime.collector import rest_while_importing
 from src.runtime.devices import shares, threads_each, visible_gpus
 
 RunTrial = Callable[[dict[str, Any], str, Mapping[str, Any] | None], int]
-"""Runs a frozen configuration in a folder, with a link to the study (see src.sweep.study); returns the exit code."""
+"""Runs a frozen configuration in a folder, told when it ends early (see src.sweep.pruning); returns the exit code."""
 PRELOAD_MODULE = "src.sweep.preload"  # what the fork server imports before the first trial
 OPTIONAL_MODULES = {
     "adapter": ("peft",),
@@ -36,7 +36,6 @@ OPTIONAL_MODULES = {
         *("mlflow", "mlflow.store.tracking.sqlalchemy_workspace_store", "mlflow.store.tracking.rest_store"),
         *("alembic.command", "sqlalchemy.dialects.sqlite"),
     ),
-    "pruning": ("optuna", "optuna.storages._rdb.storage"),
     "hub": ("datasets",),
 }
 """Modules that only some trials need, imported after PRELOAD_MODULE."""
@@ -44,12 +43,11 @@ CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()
 GRACE_SECONDS = 5.0  # how long trials may take to end at once, when asked twice
 
 
-def modules_of_run(config: RunConfig, varied: Collection[str] = (), *, is_pruned: bool = False) -> list[str]:
+def modules_of_run(config: RunConfig, varied: Collection[str] = ()) -> list[str]:
     """Return the modules that a run, or one of a sweep that varies these sections, imports after PRELOAD_MODULE."""
     wanted = {
         "adapter": config.adapter.is_on or "adapter" in varied,
         "mlflow": any(isinstance(one, MlflowConfig) for one in config.tracking.trackers()),
-        "pruning": is_pruned,
         "hub": any(source.data.dataset_name for source in config.data.train_sources().values()) or "data" in varied,
     }
     modules = [module for need, is_wanted in wanted.items() if is_wanted for module in OPTIONAL_MODULES[need]]

@@ -274,12 +274,12 @@ def note_end(path: Path, reason: BaseException) -> None:
         status = read_status(path)
     except DamagedFileError:  # reported when the folder is next read
         return
-    is_stop = isinstance(reason, (Interrupted, KeyboardInterrupt))
-    if status.get("state") in ("RUNNING", "FAILED"):
+    state, _ = _ending_of(reason)
+    if status.get("state") in ("RUNNING", "FAILED", "PREEMPTED" if state == "PRUNED" else None):
         cause = secrets.clean(str(reason)).split("\n")[0].rstrip(":")
         ended = {
-            "state": "PREEMPTED" if is_stop else "FAILED",
-            "cause": f"stopped by {str(reason) or 'Ctrl-C'}" if is_stop else cause,
+            "state": state,
+            "cause": f"stopped by {str(reason) or 'Ctrl-C'}" if state == "PREEMPTED" else cause,
             "how_to_go_on": resume_command(path),
             "ended": now(),
         }

@@ -1,0 +1,122 @@
+"""A sweep with one job is the same sweep however often it is killed: the same trials, rungs, values and ranking."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from src.cli.hydra_main import run_trial
+from src.runtime.signals import StopRequest
+from src.sweep.folder import SweepFolder
+from src.sweep.pruning import VERDICT_SECONDS, Pruning, answer
+from src.sweep.sweeper import lead
+from src.sweep.workers import TrialJob, Workers
+from tests.conftest import read_lines
+from tests.sweeps import board_of, planned, states, study_of
+
+SEARCH = (
+    "sweep=asha", "sweep.sampler=tpe", "sweep.n_trials=4", "sweep.reduction_factor=2", "sweep.max_retries=5",
+    "optimizer.lr=tag(log,interval(1e-6,1e-2))", "training.max_train_steps=5", "training.num_train_epochs=9",
+    "evaluation.eval_steps=1", "scheduler=constant", "data.limit=36", "checkpoint.checkpointing_steps=null",
+)  # fmt: skip
+
+
+class Killed(BaseException):
+    """The parent is gone."""
+
+
+class Mortal(Workers):
+    """Workers of a sweep that dies at some of the starts of trials."""
+
+    def __init__(self, *given: Any, dies_at: int) -> None:
+        super().__init__(*given, uses_gpus=False)
+        self.left = dies_at
+
+    def start(self, job: TrialJob) -> None:
+        self.left -= 1
+        if not self.left:
+            raise Killed
+        super().start(job)
+
+
+def run_and_die_once(config: dict[str, Any], run_dir: str, link: Mapping[str, Any] | None) -> int:
+    """Run a trial, which is killed with its second evaluation logged, the first time that it comes so far."""
+    marker, metrics = Path(run_dir, "died"), Path(run_dir, "metrics.jsonl")
+
+    def watch() -> None:
+        while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 2):
+            time.sleep(0.002)
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if not marker.exists():
+        threading.Thread(target=watch, daemon=True).start()
+    return run_trial(config, run_dir, link)
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """Return what may not depend on how a sweep came to its end."""
+    trials = SweepFolder(folder).trials()
+    values = {
+        trial.number: [
+            line["eval/validation/loss"] for line in read_lines(folder / str(trial.number) / "metrics.jsonl")
+        ]
+        for trial in trials
+    }
+    ranks = [(row["setting"], row["mean"], row["n"]) for row in board_of(folder)]
+    return {"trials": [trial.overrides for trial in trials], "values": values, "states": states(folder), "ranks": ranks}
+
+
+def test_a_search_that_was_killed_again_and_again_is_the_one_that_was_not(tmp_path: Path, no_pictures: None) -> None:
+    def begin(folder: Path, workers: Workers) -> int:
+        return lead(planned(f"hydra.sweep.dir={folder}", *SEARCH), StopRequest(), workers)
+
+    assert begin(tmp_path / "whole", Workers(run_trial, 1, 1, uses_gpus=False)) == 0
+    whole = outcome(tmp_path / "whole")
+    assert {len(values) for values in whole["values"].values()} >= {1, 5}, "one ended early, one did not"
+    for dies_at in (2, 2, 3):
+        with pytest.raises(Killed):
+            begin(tmp_path / "killed", Mortal(run_and_die_once, 1, 1, dies_at=dies_at))
+    assert begin(tmp_path / "killed", Workers(run_and_die_once, 1, 1, uses_gpus=False)) == 0
+    assert outcome(tmp_path / "killed") == whole
+    assert list((tmp_path / "killed").glob("*/died"))
+    copied = study_of(tmp_path / "killed").trials
+    assert [dict(trial.intermediate_values) for trial in copied] == [
+        dict(enumerate(values, 1)) for values in whole["values"].values()
+    ]
+    assert [trial.state.name == "COMPLETE" for trial in copied] == [one == "FINISHED" for one in whole["states"]]
+
+
+def test_a_trial_waits_for_the_verdict_on_its_own_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warned: list[str] = []
+    link = {"metric": "best/eval/validation/loss", "pause_at": None, "waits": True}
+    trial = Pruning(link, tmp_path, [{"step": 1}, {"eval/validation/loss": 3.0}], warned.append)
+    answer(tmp_path, 2, "")
+    assert trial.verdict({"train/loss": 1.0}) == ""  # no evaluation: nobody is asked
+    assert trial.verdict({"eval/validation/loss": 2.0}) == ""
+    asked = threading.Timer(0.05, answer, (tmp_path, 3, "worse than others"))
+    asked.start()
+    assert trial.verdict({"eval/validation/loss": 2.5}) == "worse than others"
+    assert trial.verdict({"eval/validation/loss": float("nan")}) == ""  # a failure, which the run reports itself
+    monkeypatch.setattr("src.sweep.pruning.VERDICT_SECONDS", 0.05)
+    (tmp_path / "verdict.json").write_text("{")
+    assert trial.verdict({"eval/validation/loss": 2.5}) == ""
+    assert "so the run continues" in warned[0]
+    assert VERDICT_SECONDS >= 30
+    assert json.loads(json.dumps(link)) == link
+
+
+def test_a_trial_pauses_at_its_rung_only(tmp_path: Path) -> None:
+    link = {"metric": "eval/validation/loss", "pause_at": 3, "waits": False}
+    trial = Pruning(link, tmp_path, [{"eval/validation/loss": 3.0}], print)
+    assert trial.verdict({"eval/validation/loss": 2.0}) == ""
+    assert trial.verdict({"eval/validation/loss": 1.5}).startswith("paused at evaluation 3 (eval/validation/loss 1.5)")
+    assert Pruning(None, tmp_path, [], print).verdict({"eval/validation/loss": 1.5}) == ""
