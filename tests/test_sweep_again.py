@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from src.cli.hydra_main import run_trial
+from src.errors import ConfigError
 from src.runtime.signals import StopRequest
 from src.sweep.folder import SweepFolder
 from src.sweep.pruning import VERDICT_SECONDS, Pruning, answer
+from src.sweep.study import Study, Unit
 from src.sweep.sweeper import lead
+from src.sweep.warm_start import earlier_units
 from src.sweep.workers import TrialJob, Workers
 from tests.conftest import read_lines
 from tests.sweeps import board_of, planned, states, study_of
@@ -120,3 +124,79 @@ def test_a_trial_pauses_at_its_rung_only(tmp_path: Path) -> None:
     assert trial.verdict({"eval/validation/loss": 2.0}) == ""
     assert trial.verdict({"eval/validation/loss": 1.5}).startswith("paused at evaluation 3 (eval/validation/loss 1.5)")
     assert Pruning(None, tmp_path, [], print).verdict({"eval/validation/loss": 1.5}) == ""
+
+
+AXES = ("optimizer.lr=tag(log,interval(1e-6,1e-2))", "optimizer.weight_decay=interval(0,0.1)", "seed=1,2,3")
+
+
+def proposals(study: Study, count: int, first: int = 0) -> list[tuple[str, ...]]:
+    """Return what a study proposes, each answered at once with a value that its learning rate decides."""
+    found = []
+    for number in range(first, first + count):
+        proposal = study.propose(number, 0)
+        study.accept(Unit(number, proposal.overrides, attrs=json.loads(json.dumps(proposal.attrs))))
+        study.report(number, [1.0])
+        study.end(number, "FINISHED", abs(math.log10(float(proposal.overrides[0].partition("=")[2])) + 3))
+        found.append(proposal.overrides)
+    return found
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "gp", "cmaes", "qmc"])
+def test_a_study_made_of_what_was_tried_proposes_what_the_one_that_was_there_does(sampler: str) -> None:
+    if sampler == "cmaes":
+        pytest.importorskip("cmaes")
+    plan = planned("sweep=tpe", f"sweep.sampler={sampler}", *AXES, "sweep.n_trials=30")
+    whole = Study(plan.config, plan.axes, [], lambda _: None)
+    expected = proposals(whole, 24)
+    assert len(set(expected)) == 24
+    for stop in (1, 9, 17):  # a population of cmaes is 6, gp learns from the 11th on
+        again = Study(plan.config, plan.axes, [whole.units[number] for number in range(stop)], lambda _: None)
+        refused = again.propose(stop, 1)
+        assert refused.overrides != expected[stop]
+        again.refuse()
+        assert proposals(again, 4, stop) == expected[stop : stop + 4]
+
+
+def test_a_sampler_begins_with_the_results_of_another_sweep(
+    swept: Callable[..., int], folder: Path, tmp_path: Path
+) -> None:
+    search = ("sweep=tpe", "sweep.pruner=none", "optimizer.lr=tag(log,interval(1e-6,1e-2))", "sweep.n_trials=2")
+    assert swept(*search, "seed=1,2") == 0
+    plan = planned(f"hydra.sweep.dir={tmp_path / 'next'}", *search, f"sweep.warm_start={folder}")
+    plan.folder.mkdir()
+    earlier = earlier_units(plan)
+    means = {row["setting"]: float(row["mean"]) for row in board_of(folder)}
+    assert {unit.overrides[0]: unit.value for unit in earlier} == pytest.approx(means)
+    (folder / "0" / "summary.json").unlink()
+    (folder / "trials.jsonl").unlink()
+    assert earlier_units(plan) == earlier  # as they were at the first start
+    study = Study(plan.config, plan.axes, [], lambda _: None, earlier)
+    study.propose(0, 0)
+    assert [trial.value for trial in study._optuna()[0].trials[:2]] == [unit.value for unit in earlier]
+    with pytest.raises(ConfigError, match=r"sweep\.warm_start.*only tpe, gp or cmaes learn from it"):
+        planned("seed=1,2", f"sweep.warm_start={folder}")
+
+
+def test_hyperband_counts_its_trials_as_the_sweep_does() -> None:
+    """Which trials compete is decided by their numbers, also where others were begun before."""
+    plan = planned("sweep=tpe", "sweep.pruner=hyperband", "optimizer.lr=1e-3,2e-3,3e-3,4e-3,5e-3,6e-3,7e-3,8e-3,9e-3")
+    waiting = [Unit(trial.unit, trial.overrides, "WAITING") for trial in plan.trials]
+
+    def verdicts(order: Sequence[int]) -> list[bool]:
+        study = Study(plan.config, plan.axes, waiting, lambda _: None)
+        found = {}
+        for number in order:
+            study.begin(Unit(number, plan.trials[number].overrides))
+        for number in range(9):
+            for evaluation in range(1, 10):
+                study.report(number, [float(number)] * evaluation)
+                if study.should_prune(number):
+                    break
+            found[number] = len(study.units[number].reports)
+            study.end(
+                number, "FINISHED" if found[number] == 9 else "PRUNED", float(number) if found[number] == 9 else None
+            )
+        return [found[number] < 9 for number in range(9)]
+
+    assert any(verdicts(range(9)))
+    assert verdicts(range(9)) == verdicts([4, 2, 8, 0, 1, 3, 5, 6, 7])

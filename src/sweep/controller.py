@@ -61,7 +61,7 @@ class SweepController:
         self.fault = ""  # the error that stops the sweep, as no trial could run or be ranked; '' where there is none
         self._paused: set[int] = set()
         """Trials that are paused at a rung, and resume once they are among its best."""
-        self._pauses, self._waits = pruner is Pruner.asha, pruner is Pruner.median
+        self._pauses, self._waits = pruner is Pruner.asha, pruner in (Pruner.median, Pruner.hyperband)
         self.notify: Callable[[], None] = lambda: None  # called when sweep.json says something new
         self._notified = 0.0
 
@@ -326,7 +326,8 @@ class SweepController:
             reports = self.folder.reports(number, self._metric)
             answered = len(self._study.units[self.state.trials[number].unit].reports)
             is_worse = len(reports) > answered and self._is_worse(number)
-            reason = f"{self._metric} {reports[-1]:.4g} is worse than the median of others" if is_worse else ""
+            seen = f"{self._metric} {reports[-1]:.4g} at evaluation {len(reports)}" if reports else ""
+            reason = f"{seen}: others were better ({self.plan.config.pruner.name})" if is_worse else ""
             if reports:
                 pruning.answer(run_dir, len(reports), reason)
 

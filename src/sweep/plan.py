@@ -1,6 +1,7 @@
 """What a sweep will run: every point composed and held against the gate before the first one starts. No torch here."""
 
 import dataclasses
+import importlib.util
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from src.metrics import THOUGHT_LOSSES, greater_is_better
 from src.sweep.folder import SweepFolder, differing
 from src.sweep.space import SWEEP_FILE, Axis, axes_of, points, size
 from src.sweep.trial import REPLICATED, Trial, setting_of, trial_of, with_typed_numbers
-from src.util import value_at
+from src.util import in_words, value_at
 
 MOST_WRITTEN = 10**15  # the largest number of points that is written out
 MOST_PROBES = 200  # how many points are checked where there are too many to check all
@@ -35,6 +36,7 @@ KNOWN_METRICS = (
     *("train_seconds", "tokens_per_second", "tokens_seen", "peak_memory_bytes", "perf/tokens_per_second"),
 )
 """Metrics of summary.json besides evaluations that a sweep may compare."""
+LEARNING = (Sampler.tpe, Sampler.gp, Sampler.cmaes)  # propose by what was tried
 NO_REPLICATE = ("++seed=0", "++data.fold=null")  # overrides that make all replicates of a setting compose alike
 
 
@@ -299,6 +301,11 @@ def _axis_problems(plan: Plan) -> Iterator[Problem]:
             yield Problem("sweep.n_trials", f"{axis.key} is an interval, so how many are tried?", None)
     if sampler is not Sampler.grid and not plan.axes:
         yield Problem("sweep.sampler", "nothing is varied: give KEY=A,B or KEY=interval(LOW,HIGH)", sampler.value)
+    if sampler is Sampler.cmaes and importlib.util.find_spec("cmaes") is None:
+        yield Problem("sweep.sampler", "needs the package cmaes: pip install cmaes", sampler.value)
+    if plan.config.warm_start is not None and sampler not in LEARNING:
+        names = in_words([one.name for one in LEARNING], "or")
+        yield Problem("sweep.warm_start", f"only {names} learn from it: sweep.sampler", plan.config.warm_start)
 
 
 def _sweep_problems(sweep: SweepConfig, config: RunConfig) -> Iterator[Problem]:

@@ -140,7 +140,7 @@ def early_replicates(trials: Sequence[Trial], statuses: Mapping[int, TrialStatus
 
 
 def units_of(state: SweepState) -> Iterator[Unit]:
-    """Yield what the folder says of each unit that was tried, in their order; paused ones are being tried."""
+    """Yield what the folder says of each unit, in their order; paused ones are being tried."""
     plan = state.plan
     ends_early = plan.config.pruner is not Pruner.none
     for number in sorted(state.units):
@@ -154,7 +154,7 @@ def units_of(state: SweepState) -> Iterator[Unit]:
         elif found == "PRUNED" and plan.config.pruner is Pruner.asha:
             found = "RUNNING"
         elif states == {"WAITING"} and plan.is_listed:
-            continue
+            found = "WAITING"
         value = state.mean(number) if found == "FINISHED" else None
         first = min(trials, key=lambda trial: trial.number)
         reports = state.folder.reports(first.number, plan.config.metric) if ends_early else []

@@ -17,7 +17,7 @@ from src.config.schema import Pruner, Sampler, SweepConfig
 from src.sweep.space import Axis
 
 UNIT = "towline.unit"
-OPTUNA_STATES = {"FINISHED": "COMPLETE", "PRUNED": "PRUNED", "FAILED": "FAIL"}
+OPTUNA_STATES = {"FINISHED": "COMPLETE", "FAILED": "FAIL"}  # others have the same names
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Unit:
 
     number: int
     overrides: tuple[str, ...]
-    state: str = "RUNNING"  # or FINISHED, PRUNED, FAILED
+    state: str = "RUNNING"  # or WAITING, FINISHED, PRUNED, FAILED
     value: float | None = None
     reports: tuple[float, ...] = ()
     attrs: Mapping[str, Any] | None = None
@@ -62,14 +62,14 @@ class TrialWriter:
     def write(self, unit: Unit) -> None:
         """Bring a unit's trial up to date; of one that had ended, and is tried again, it is another trial."""
         trial_id, before = self._written.get(unit.number, (None, None))
-        if before is None or before.state != "RUNNING":
+        if before is None or before.state not in ("RUNNING", "WAITING"):
             given = trial_of(unit, self._distributions)
             trial_id = self._storage.create_new_trial(self._study._study_id, template_trial=given)
         else:
             for evaluation, value in enumerate(unit.reports[len(before.reports) :], len(before.reports) + 1):
                 self._storage.set_trial_intermediate_value(trial_id, evaluation, value)
-            if unit.state != "RUNNING":
-                state = optuna().trial.TrialState[OPTUNA_STATES[unit.state]]
+            if unit.state != before.state:
+                state = optuna().trial.TrialState[OPTUNA_STATES.get(unit.state, unit.state)]
                 self._storage.set_trial_state_values(trial_id, state, None if unit.value is None else [unit.value])
         assert trial_id is not None
         self._written[unit.number] = trial_id, unit
@@ -84,12 +84,21 @@ class TrialWriter:
 
 
 class Study:
-    """The units of a sweep, and what a sampler and a pruner make of them; `changed` takes each that has changed."""
+    """The units of a sweep, and what a sampler and a pruner make of them.
+
+    `changed` takes each that has changed; `earlier` are those of another sweep, which this one learns from.
+    """
 
     def __init__(
-        self, config: SweepConfig, axes: Sequence[Axis], units: Sequence[Unit], changed: Callable[[Unit], None]
+        self,
+        config: SweepConfig,
+        axes: Sequence[Axis],
+        units: Sequence[Unit],
+        changed: Callable[[Unit], None],
+        earlier: Sequence[Unit] = (),
     ) -> None:
         self._config, self._axes, self._changed = config, {axis.key: axis for axis in axes}, changed
+        self._earlier = earlier
         self.units = {unit.number: unit for unit in units}
         self._built: tuple[Any, TrialWriter] | None = None
         self._asked = 0  # the id of the trial that was proposed last
@@ -97,10 +106,11 @@ class Study:
     def _optuna(self) -> tuple[Any, TrialWriter]:
         """Return Optuna's study, made when it is first needed: a grid needs none."""
         if self._built is None:
-            study = optuna().create_study(direction=self._config.direction.value, pruner=_pruner(self._config))
+            pruner, direction = _pruner(self._config), self._config.direction.value
+            study = optuna().create_study(study_name="sweep", direction=direction, pruner=pruner)
             writer = TrialWriter(study, {key: distribution(axis) for key, axis in self._axes.items()})
             self._built = study, writer
-            for unit in self.units.values():
+            for unit in [*self._earlier, *self.units.values()]:
                 writer.write(unit)
         return self._built
 
@@ -112,7 +122,7 @@ class Study:
 
     def begin(self, unit: Unit) -> None:
         """Note that a unit is being tried; one that failed is tried anew."""
-        if (known := self.units.get(unit.number)) is None or known.state == "FAILED":
+        if (known := self.units.get(unit.number)) is None or known.state in ("WAITING", "FAILED"):
             self._set(unit)
 
     def report(self, number: int, reports: Sequence[float]) -> None:
@@ -137,8 +147,7 @@ class Study:
         `attempt` counts what was refused as this unit, from 0. The same units, number and attempt have one proposal.
         """
         study, _ = self._optuna()
-        seed = np.random.SeedSequence((self._config.seed, number, attempt)).generate_state(1)[0]
-        study.sampler = _sampler(self._config, int(seed))
+        study.sampler = _sampler(self._config, number, attempt, study.get_trials(deepcopy=False)[: len(self._earlier)])
         trial = study.ask({key: distribution(axis) for key, axis in self._axes.items()})
         self._asked = trial._trial_id
         values = [(axis, trial.params[key]) for key, axis in self._axes.items()]
@@ -227,10 +236,27 @@ def _pruner(config: SweepConfig) -> Any:
     pruners = optuna().pruners
     if config.pruner is Pruner.median:
         return pruners.MedianPruner(n_warmup_steps=config.min_resource)
+    if config.pruner is Pruner.hyperband:
+        return pruners.HyperbandPruner(min_resource=config.min_resource, reduction_factor=config.reduction_factor)
     return pruners.NopPruner()
 
 
-def _sampler(config: SweepConfig, seed: int) -> Any:
+def _sampler(config: SweepConfig, number: int, attempt: int, earlier: Sequence[Any]) -> Any:
+    """Build the sampler of one proposal, which nothing but the study and these numbers decides.
+
+    `earlier` are the study's trials of another sweep; cmaes learns of them only as it begins.
+    """
     samplers = optuna().samplers
-    kind = samplers.TPESampler if config.sampler is Sampler.tpe else samplers.RandomSampler
-    return kind(seed=seed)
+    seed = int(np.random.SeedSequence((config.seed, number, attempt)).generate_state(1)[0])
+    if config.sampler is Sampler.qmc:
+
+        class Quasi(samplers.QMCSampler):  # type: ignore[name-defined]
+            def _find_sample_id(self, *_: Any) -> int:  # of a sequence that all proposals share
+                return number + attempt
+
+        return Quasi(scramble=True, seed=config.seed, warn_independent_sampling=False)
+    if config.sampler is Sampler.cmaes:
+        source = list(earlier) or None
+        return samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False, source_trials=source)
+    kinds = {Sampler.tpe: samplers.TPESampler, Sampler.gp: samplers.GPSampler}
+    return kinds.get(config.sampler, samplers.RandomSampler)(seed=seed)

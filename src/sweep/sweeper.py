@@ -25,6 +25,7 @@ from src.sweep.standings import result_of
 from src.sweep.state import SweepState, early_replicates, units_of
 from src.sweep.study import Study
 from src.sweep.trial import Trial
+from src.sweep.warm_start import earlier_units
 from src.sweep.workers import RunTrial, Workers, end_fork_server, modules_of_run, start_fork_server
 from src.tracking.console import Console
 from src.tracking.lock import hold
@@ -129,7 +130,7 @@ def _run_trials(plan: Plan, record: SweepFolder, stop: StopRequest, workers: Tri
         state = SweepState(plan, record, trials, todo)
         units = list(units_of(state))
         mirror = until_the_end.enter_context(closing(Mirror(plan, units, console.warn)))
-        study = Study(plan.config, plan.axes, units, mirror.note)
+        study = Study(plan.config, plan.axes, units, mirror.note, earlier_units(plan))
         controller = SweepController(state, study, workers, stop, display)
         _warn_of_damage(state.statuses, console)
         controller.write("RUNNING")

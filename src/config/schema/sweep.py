@@ -6,11 +6,11 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from src.config.schema.checks import AT_LEAST_ONE, AT_LEAST_TWO, COUNT, NAME, POSITIVE, PROCESSES, SEED, Check
+from src.config.schema.checks import AT_LEAST_ONE, AT_LEAST_TWO, COUNT, NAME, PATH, POSITIVE, PROCESSES, SEED, Check
 from src.config.schema.fields import key
 
-Sampler = StrEnum("Sampler", "grid random tpe")
-Pruner = StrEnum("Pruner", "none median asha")
+Sampler = StrEnum("Sampler", "grid random tpe gp cmaes qmc")
+Pruner = StrEnum("Pruner", "none median asha hyperband")
 Replicate = StrEnum("Replicate", "none seeds folds")
 
 
@@ -47,3 +47,4 @@ class SweepConfig:
     fail_fast: bool = MISSING
     max_retries: int = key(COUNT)
     storage: str | None = MISSING
+    warm_start: str | None = key(PATH, None)
