@@ -17,7 +17,7 @@ KEYS: Mapping[str, Types] = {"overrides": list, "value": NUMBER}
 
 
 def earlier_units(plan: Plan) -> list[Unit]:
-    """Return the settings of `sweep.warm_start` with their results, numbered -1, -2, …, as they were at the first start.
+    """Return the settings of `sweep.warm_start` and their results at the first start, numbered -1, -2, ….
 
     SweepError: it is no sweep's folder, or nothing in it has a value of this sweep's metric.
     """
