@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -599,6 +600,8 @@ def test_a_grid_survives_a_failure_a_kill_and_the_death_of_its_parent(
     dry = sweep(*grid, "sweep.dry_run=true")
     assert dry.returncode == 0
     assert "8 trials, 8 to run, 2 at a time. Nothing was run or written." in dry.stdout
+    assert re.search(r"^time +at least \d+:\d\d of computing", dry.stdout, flags=re.MULTILINE)
+    assert re.search(r"^memory +\d+\.\d MiB for each process; 2 trials at a time, 1 process each", dry.stdout, re.M)
     assert not folder.exists()
     bad = sweep(*grid, "training.per_device_train_batch_size=4,0")
     assert bad.returncode == 2

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -26,6 +26,10 @@ from src.runtime.launch import follow_parent
 from src.runtime.signals import StopRequest, stop_on_signals
 from src.secrets import as_variables, clean
 
+if TYPE_CHECKING:
+    from src.sweep.cost import TrialCost
+    from src.tracking.console import Console
+
 
 def run_trial(config: dict[str, Any], run_dir: str, link: Mapping[str, Any] | None) -> int:
     """Run a trial's frozen configuration and return the exit code; `link` names the study that may end it early."""
@@ -38,6 +42,13 @@ def run_trial(config: dict[str, Any], run_dir: str, link: Mapping[str, Any] | No
         return Interrupted.exit_code
 
 
+def forecast_trial(config: Mapping[str, Any], console: "Console") -> "TrialCost":
+    """Forecast what a trial takes; imports what takes seconds."""
+    from src.inspection import trial_cost
+
+    return trial_cost.forecast_trial(config, console)
+
+
 class Task:
     """Hydra's task function: carries our sweep to our sweeper, and runs the points of another one's sweep."""
 
@@ -48,7 +59,7 @@ class Task:
             from src.sweep.sweeper import request_sweep
 
             collect_from_here()  # composing leaves many cycles
-            self.sweep = request_sweep(request.line, stop, run_trial)
+            self.sweep = request_sweep(request.line, stop, run_trial, forecast_trial)
 
     def __call__(self, cfg: DictConfig) -> None:
         """Run a point of another sweeper's sweep."""

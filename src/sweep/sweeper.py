@@ -15,6 +15,7 @@ from src.runtime.launch import ORPHAN_SECONDS
 from src.runtime.signals import StopRequest
 from src.sweep import leaderboard
 from src.sweep.controller import POLL_SECONDS, UNENDED, SweepController
+from src.sweep.cost import Forecast, show_cost
 from src.sweep.folder import SweepFolder, TrialStatus
 from src.sweep.launched import Launched, TrialRunner, is_own_launcher
 from src.sweep.mirror import Mirror
@@ -41,10 +42,11 @@ class SweepRequest:
     stop: StopRequest
     run_trial: RunTrial
     workers: Workers
+    forecast: Forecast
     code: int = 0
 
 
-def request_sweep(line: CommandLine, stop: StopRequest, run_trial: RunTrial) -> SweepRequest | None:
+def request_sweep(line: CommandLine, stop: StopRequest, run_trial: RunTrial, forecast: Forecast) -> SweepRequest | None:
     """Compose and check every point of a command line; ConfigError has all problems of all points.
 
     The fork server begins its imports after the first good point. None where another sweeper of Hydra's will run it.
@@ -63,14 +65,14 @@ def request_sweep(line: CommandLine, stop: StopRequest, run_trial: RunTrial) -> 
         return None
     runtime = plan.sample.runtime
     workers = Workers(run_trial, plan.config.n_jobs, runtime.num_processes, uses_gpus=runtime.device is not Device.cpu)
-    return SweepRequest(plan, stop, run_trial, workers)
+    return SweepRequest(plan, stop, run_trial, workers, forecast)
 
 
 def sweep(request: SweepRequest, config: Any, context: Any) -> int:
     """Run a sweep as Hydra's sweeper, with what Hydra sets one up with, and return its exit code."""
     launched = None if is_own_launcher(config) else Launched(config, context, request.plan, request.run_trial)
     try:
-        request.code = lead(request.plan, request.stop, launched or request.workers)
+        request.code = lead(request.plan, request.stop, launched or request.workers, request.forecast)
     except TowlineError as error:  # Hydra would show where it came from
         report(f"\n{error}")
         request.code = error.exit_code
@@ -83,14 +85,14 @@ def sweep(request: SweepRequest, config: Any, context: Any) -> int:
     return request.code
 
 
-def lead(plan: Plan, stop: StopRequest, workers: TrialRunner) -> int:
+def lead(plan: Plan, stop: StopRequest, workers: TrialRunner, forecast: Forecast | None = None) -> int:
     """Lead a sweep to its end, from the beginning or from where it was stopped; return the exit code.
 
     SweepError or RunFolderError say why the folder can't be used; Interrupted: stopped before it began.
     """
     console, record = Console(), SweepFolder(plan.folder)
     if plan.config.dry_run:
-        return _dry_run(plan, record, console)
+        return _dry_run(plan, record, console, forecast)
     _show_space(plan, console)
     if plan.changed_conf:
         console.warn(
@@ -173,8 +175,8 @@ def _warn_of_damage(statuses: Mapping[int, TrialStatus], console: Console) -> No
             console.warn(f"trial {number}: {status.warning}")
 
 
-def _dry_run(plan: Plan, record: SweepFolder, console: Console) -> int:
-    """Show what would run, and write nothing."""
+def _dry_run(plan: Plan, record: SweepFolder, console: Console, forecast: Forecast | None) -> int:
+    """Show what would run and what it takes, and write nothing of the sweep."""
     trials, todo = _trials(plan, record)
     numbers = [trial.number for trial in trials]
     held = {number for number, _ in record.held(numbers)}
@@ -193,8 +195,16 @@ def _dry_run(plan: Plan, record: SweepFolder, console: Console) -> int:
         each = f" of {plan.num_replicates} trials" if plan.num_replicates > 1 else ""
         settings = plural(plan.config.n_trials or 0, "setting")
         planned = f"{settings}{each}, proposed by {plan.config.sampler.name} as results come in"
+    if forecast is not None and (left := [trial for trial in trials if trial.number in to_run] or _first(plan)):
+        num_left = len(to_run) if plan.is_listed else (plan.config.n_trials or 0) * plan.num_replicates - len(trials)
+        show_cost(plan, left, max(len(to_run), num_left), forecast, console)
     console.say(f"{planned}. Nothing was run or written.")
     return 0
+
+
+def _first(plan: Plan) -> list[Trial]:
+    """Return a trial as it may be proposed; none where all are known."""
+    return [] if plan.is_listed else plan.unit([axis.ends[0] for axis in plan.axes], 0, 0)[0][:1]
 
 
 def _trials(plan: Plan, record: SweepFolder) -> tuple[list[Trial], list[int]]:
