@@ -188,14 +188,31 @@ def test_gpus_are_divided(devices: list[str], jobs: int, each: int, given: list[
 def test_rungs_and_who_is_promoted() -> None:
     halving = Halving(min_resource=2, reduction_factor=3)
     assert [halving.rung_from(n) for n in (1, 2, 3, 6, 7, 18, 19)] == [2, 2, 6, 6, 18, 18, 54]
-    reports = {unit: [9.0, loss] for unit, loss in enumerate((4.0, 3.0, 5.0, 2.0, 6.0))}
-    assert halving.promotable({0: 2, 1: 2}, {0: reports[0], 1: reports[1]}) is None  # one in three of two is none
-    assert halving.promotable({0: 2, 1: 2}, {0: reports[0], 1: reports[1]}, at_least_one=True) == 1
-    assert halving.promotable(dict.fromkeys(range(3), 2), {n: reports[n] for n in range(3)}) == 1
-    assert halving.promotable({0: 2, 2: 2}, {n: reports[n] for n in range(3)}) is None  # 1 runs on, and is the best
-    assert halving.promotable(dict.fromkeys((0, 1, 2, 4), 2), reports) is None  # 3 was better than 1
-    high = reports | {5: [1.0, 9.0, 1, 1, 1, 7.0], 6: [1.0, 9.0, 1, 1, 1, 7.5], 7: [1.0, 9.0, 1, 1, 1, 8.0]}
-    assert halving.promotable({1: 2, 5: 6}, high) == 5  # the highest rung comes first
+
+    def pause(unit: int, *reports: float) -> None:
+        halving.note(unit, reports)
+        halving.pause(unit, reports)
+
+    pause(0, 9.0, 4.0)
+    pause(1, 9.0, 3.0)
+    assert halving.promote() is None  # one in three of two is none
+    pause(2, 9.0, 5.0)
+    assert halving.promote() == 1
+    assert halving.promote() is None  # 1 runs on, and is the best
+    halving.note(3, [9.0, 2.0])  # it finished
+    pause(4, 9.0, 6.0)
+    assert halving.promote() is None
+    pause(1, 9.0, 3.0, 1, 1, 1, 7.0)
+    pause(5, 9.0, 1.0)
+    assert halving.promote() == 5  # one in three of six: 5 and 3
+    assert halving.promote(at_least_one=True) == 1  # the highest rung comes first
+    assert halving.take_paused() == [0, 2, 4]
+    assert not halving
+    high = Halving(1, 2, sign=-1)
+    for unit, accuracy in enumerate((0.2, 0.9)):
+        high.note(unit, [accuracy])
+        high.pause(unit, [accuracy])
+    assert high.promote() == 1
 
 
 # ---- what is run

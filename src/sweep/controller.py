@@ -4,6 +4,7 @@ The folder is the truth: what a trial's own folder says counts, so that a sweep 
 resumes with the trials that are missing, and decides as it would have. No torch here.
 """
 
+import math
 import signal
 import time
 from collections import defaultdict
@@ -27,6 +28,7 @@ from src.tracking.step_logs import METRICS
 
 POLL_SECONDS = 0.1
 NOTIFY_SECONDS = 2.0
+WRITE_SECONDS = 1.0  # between two versions of sweep.json, whose size grows with the number of trials
 LAST_SECONDS = 2.0  # how long to wait for the exit codes of trials that were ended at once
 UNENDED = {"PREEMPTED", "RUNNING", "WAITING"}  # states of trials that the same command resumes
 MOST_REPEATS = 25  # how often in a row a sampler may repeat what was tried, before it counts as exhausted
@@ -54,16 +56,15 @@ class SweepController:
         self.plan, self.folder = state.plan, state.folder
         self._progress: defaultdict[int, _Progress] = defaultdict(_Progress)
         self._metric, pruner = self.plan.config.metric, self.plan.config.pruner
-        self._halving = pruning.Halving(self.plan.config.min_resource, self.plan.config.reduction_factor)
+        sign = -1 if self.plan.config.direction is Direction.maximize else 1
+        self._halving = pruning.Halving(self.plan.config.min_resource, self.plan.config.reduction_factor, sign)
         self._is_exhausted = False
         self.refusal = ""  # why the last proposal can't be run
         self.has_only_refusals = False  # the sampler proposed none that can be run, until the sweep stopped asking
         self.fault = ""  # the error that stops the sweep, as no trial could run or be ranked; '' where there is none
-        self._paused: set[int] = set()
-        """Trials that are paused at a rung, and resume once they are among its best."""
         self._pauses, self._waits = pruner is Pruner.asha, pruner in (Pruner.median, Pruner.hyperband)
         self.notify: Callable[[], None] = lambda: None  # called when sweep.json says something new
-        self._notified = 0.0
+        self._notified = self._written = -math.inf
 
     # ---- what comes next
 
@@ -82,20 +83,12 @@ class SweepController:
 
     def _promoted(self, *, at_least_one: bool = False) -> Trial | None:
         """Take a paused trial that is among the best of its rung by now."""
-        by_unit = {self.state.trials[number].unit: number for number in self._paused}
-        rungs = {unit: self._progress[number].rung or 0 for unit, number in by_unit.items()}
-        unit = self._halving.promotable(rungs, self._lower_is_better(), at_least_one=at_least_one)
+        unit = self._halving.promote(at_least_one=at_least_one)
         if unit is None:
             return None
-        number = by_unit[unit]
-        self._progress[number].rung = self._halving.rung_from(rungs[unit] + 1)
-        self._paused.discard(number)
-        return self.state.trials[number]
-
-    def _lower_is_better(self) -> dict[int, list[float]]:
-        """Return what units have reported, signed so that lower is better."""
-        sign = -1 if self.plan.config.direction is Direction.maximize else 1
-        return {unit.number: [sign * value for value in unit.reports] for unit in self._study.units.values()}
+        trial = self._first(self.state.of_unit(unit)[0])
+        self._progress[trial.number].rung = self._halving.rung_from(len(self._study.units[unit].reports) + 1)
+        return trial
 
     def _may_start(self, trial: Trial) -> bool:
         """Return whether a trial may start now: of replicates that may be pruned, the first runs alone."""
@@ -128,9 +121,8 @@ class SweepController:
 
     def _accept(self, proposal: Proposal, unit: int) -> bool:
         """Make a proposal trials of a unit; return whether it can be run, and was not tried."""
-        first = max(self.state.trials, default=-1) + 1
+        first, known = len(self.state.trials), self.state.unit_of
         found, problems = self.plan.unit(proposal.overrides, unit, first)
-        known = {trial.identity: trial.unit for trial in self.state.trials.values()}
         same = next((known[trial.identity] for trial in found if trial.identity in known), None)
         fresh = [trial for trial in found if trial.identity not in known]
         self.refusal = f"{problems[0].given}: {problems[0].reason}" if problems else ""
@@ -141,12 +133,16 @@ class SweepController:
             unit = same
         else:
             self._study.accept(Unit(unit, fresh[0].overrides, attrs=proposal.attrs or None))
-        for number, trial in enumerate(fresh, first):
-            self.state.trials[number] = replace(trial, number=number, unit=unit, sampler=dict(proposal.attrs))
-            self.state.statuses[number] = TrialStatus("WAITING")
-            self.state.todo.add(number)
-            self.state.queue.append(number)
-        self.folder.write_trials(list(self.state.trials.values()))
+        added = [
+            replace(trial, number=number, unit=unit, sampler=dict(proposal.attrs))
+            for number, trial in enumerate(fresh, first)
+        ]
+        self.folder.add_trials(added)
+        for trial in added:
+            self.state.add(trial)
+            self.state.statuses[trial.number] = TrialStatus("WAITING")
+            self.state.todo.add(trial.number)
+            self.state.queue.append(trial.number)
         return True
 
     # ---- running them
@@ -190,11 +186,11 @@ class SweepController:
 
     def _end_paused(self) -> None:
         """End the trials that are paused at a rung: nothing is left that could make them better than others."""
-        paused, self._paused = sorted(self._paused), set()
-        for number in paused:
-            self._progress[number].is_settled = True
-        for number in paused:
-            self._end_unit(self.state.trials[number].unit)
+        units = self._halving.take_paused()
+        for unit in units:
+            self._progress[self._first(self.state.of_unit(unit)[0]).number].is_settled = True
+        for unit in units:
+            self._end_unit(unit)
 
     def _follow(self, *, stopping: bool) -> None:
         """Wait until a trial ends or something else is to be done."""
@@ -208,6 +204,7 @@ class SweepController:
                 return
             if time.monotonic() - self._notified > NOTIFY_SECONDS:  # trials have appeared in the store since
                 self._notified = time.monotonic()
+                self.write("RUNNING")
                 self.notify()
             self._answer_waiting()
             if self._display.is_due():
@@ -274,7 +271,7 @@ class SweepController:
             self.state.queue.append(trial.number)
             return
         if status.state == "PRUNED" and self._pauses:
-            self._paused.add(trial.number)
+            self._halving.pause(trial.unit, self._study.units[trial.unit].reports)
             progress.attempts = 0  # resuming it is another attempt
             return
         progress.is_settled = True
@@ -313,7 +310,10 @@ class SweepController:
         trial = self.state.trials[number]
         if self._first(trial) is trial:
             self._study.report(trial.unit, self.folder.reports(number, self._metric))
-        return self._study.units[trial.unit].reports
+        reports = self._study.units[trial.unit].reports
+        if self._pauses:
+            self._halving.note(trial.unit, reports)
+        return reports
 
     def _answer_waiting(self) -> None:
         """Tell each trial that waits after an evaluation whether to continue."""
@@ -336,16 +336,18 @@ class SweepController:
 
     def _find_paused(self) -> None:
         """Find the trials that are paused: those that say so, and those killed at an evaluation where they pause."""
+        found = set[int]()
         for number in sorted(self.state.todo) if self._pauses else ():
             trial, status = self.state.trials[number], self.state.statuses[number]
-            if self._first(trial) is not trial or status.state in ("FINISHED", "WAITING"):
+            if self._first(trial) is not trial or status.state == "WAITING":
                 continue
-            reports = self._study.units[trial.unit].reports
+            reports = self._note_reports(number)
             self._progress[number].rung = self._halving.rung_from(max(1, len(reports)))
-            if status.state == "PRUNED" or self._is_at_rung(number, status):
+            if status.state == "PRUNED" or (not status.is_over and self._is_at_rung(number, status)):
                 self.state.statuses[number] = self._pause(number)
-                self._paused.add(number)
-        self.state.queue = [number for number in self.state.queue if number not in self._paused]
+                self._halving.pause(trial.unit, reports)
+                found.add(number)
+        self.state.queue = [number for number in self.state.queue if number not in found]
 
     def _is_at_rung(self, number: int, status: TrialStatus) -> bool:
         """Return whether a trial that ended otherwise had come to where it pauses."""
@@ -377,7 +379,7 @@ class SweepController:
     @property
     def is_complete(self) -> bool:
         """Whether all that the command asks for is done, and nothing is paused."""
-        if any(not self.state.statuses[number].is_over for number in self.state.todo) or self._paused:
+        if any(not self.state.statuses[number].is_over for number in self.state.todo) or self._halving:
             return False
         has_all = len(self.state.units) >= (self.plan.config.n_trials or 0)
         return self.plan.is_listed or self._is_exhausted or has_all
@@ -387,11 +389,14 @@ class SweepController:
         return self.state.summary([self._progress[number].started for number in self.workers.running])
 
     def write(self, state: str) -> None:
-        """Write sweep.json; a full disk stops the sweep."""
+        """Write sweep.json, now and then while trials run; a full disk stops the sweep."""
+        if state == "RUNNING" and time.monotonic() - self._written < WRITE_SECONDS:
+            return
         try:
             self.folder.write(self.state.content(state))
         except OSError as error:
             self.fault = f"{'the disk is full' if is_disk_full(error) else error}: {self.folder.folder}"
+        self._written = time.monotonic()
         self.notify()
 
 

@@ -94,8 +94,14 @@ class SweepFolder:
         return [Trial.from_dict(line.content) for line in read_lines(self.folder / TRIALS, check_trial, remedy=REMEDY)]
 
     def write_trials(self, trials: Sequence[Trial]) -> None:
-        text = "".join(json.dumps(trial.as_dict(), ensure_ascii=False) + "\n" for trial in trials)
-        write_atomically(self.folder / TRIALS, text)
+        write_atomically(self.folder / TRIALS, "".join(map(_line, trials)))
+
+    def add_trials(self, trials: Sequence[Trial]) -> None:
+        """Write down trials after those that are there; an unfinished line of a dying process counts as none."""
+        with open(self.folder / TRIALS, "a", encoding="utf-8") as file:
+            file.writelines(map(_line, trials))
+            file.flush()
+            os.fsync(file.fileno())
 
     def check_places(self, trials: Sequence[Trial]) -> None:
         """Check that each trial's folder holds its run, or none yet; DamagedFileError says which don't, and whose."""
@@ -230,6 +236,10 @@ class SweepFolder:
         for number in numbers:
             if holder := holder_of(self.run_dir(number)):
                 yield number, f"{self.run_dir(number)} is in use by another process: {holder}"
+
+
+def _line(trial: Trial) -> str:
+    return json.dumps(trial.as_dict(), ensure_ascii=False) + "\n"
 
 
 def _contents(root: Path) -> dict[str, bytes]:

@@ -7,8 +7,10 @@ torch here.
 
 import math
 import time
+from bisect import insort
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
 
@@ -22,47 +24,62 @@ VERDICT_SECONDS = 60.0  # that a trial waits for its sweep, and then continues
 POLL_SECONDS = 0.02
 
 
-@dataclass(frozen=True)
 class Halving:
     """Asynchronous successive halving: a trial pauses at each rung, and resumes once it is among the best there.
 
-    Values are by the evaluations that have them, lower ones are better.
-
     Source: Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning" (arXiv 1810.05934).
+
+    Args:
+        min_resource: the evaluation of the first rung.
+        reduction_factor: 1 in so many resumes, up to so many times the evaluation.
+        sign: -1 where higher values are better.
     """
 
-    min_resource: int  # the evaluation of the first rung
-    reduction_factor: int  # 1 in so many resumes, up to so many times the evaluation
+    def __init__(self, min_resource: int, reduction_factor: int, sign: int = 1) -> None:
+        self._min_resource, self._factor, self._sign = min_resource, reduction_factor, sign
+        self._reached: defaultdict[int, list[float]] = defaultdict(list)  # rung -> values there, sorted
+        self._paused: defaultdict[int, list[tuple[float, int]]] = defaultdict(list)  # rung -> (value, unit), a heap
+        self._num_seen: dict[int, int] = {}  # unit -> evaluations that are counted
 
     def rung_from(self, evaluation: int) -> int:
         """Return the first rung at an evaluation or after it."""
-        rung = self.min_resource
+        rung = self._min_resource
         while rung < evaluation:
-            rung *= self.reduction_factor
+            rung *= self._factor
         return rung
 
-    def is_among_best(self, value: float, values: Sequence[float]) -> bool:
-        """Return whether a value is in the best 1 / reduction_factor of those that reached its rung."""
-        num_kept = len(values) // self.reduction_factor
-        return num_kept > 0 and value <= sorted(values)[num_kept - 1]
+    def note(self, unit: int, reports: Sequence[float]) -> None:
+        """Count a unit's values at the rungs that it has reached."""
+        rung = self.rung_from(self._num_seen.get(unit, 0) + 1)
+        self._num_seen[unit] = max(len(reports), self._num_seen.get(unit, 0))
+        while rung <= len(reports):
+            insort(self._reached[rung], self._sign * reports[rung - 1])
+            rung *= self._factor
 
-    def promotable(
-        self, paused: Mapping[int, int], reports: Mapping[int, Sequence[float]], *, at_least_one: bool = False
-    ) -> int | None:
-        """Return the paused unit to resume; None where none is among the best of its rung.
+    def pause(self, unit: int, reports: Sequence[float]) -> None:
+        """Note that a unit is paused at its last report."""
+        heappush(self._paused[len(reports)], (self._sign * reports[-1], unit))
 
-        Args:
-            paused: unit -> the rung at which it is paused.
-            reports: unit -> its values at evaluations 1, 2, …, of all that have reported.
-            at_least_one: the best of the highest rung, where none is among the best.
+    def promote(self, *, at_least_one: bool = False) -> int | None:
+        """Take the paused unit to resume: the best of the highest rung where it is in the best 1 / reduction_factor of
+        those that reached it; with `at_least_one` the best of the highest rung in any case. None: no unit.
         """
-        order = sorted(paused, key=lambda unit: (-paused[unit], reports[unit][paused[unit] - 1], unit))
-        for unit in order:
-            rung = paused[unit]
-            reached = [values[rung - 1] for values in reports.values() if len(values) >= rung]
-            if self.is_among_best(reports[unit][rung - 1], reached):
-                return unit
-        return order[0] if at_least_one and order else None
+        rungs = sorted((rung for rung, paused in self._paused.items() if paused), reverse=True)
+        for rung in rungs:
+            values, (value, _) = self._reached[rung], self._paused[rung][0]
+            num_kept = len(values) // self._factor
+            if num_kept and value <= values[num_kept - 1]:
+                return heappop(self._paused[rung])[1]
+        return heappop(self._paused[rungs[0]])[1] if at_least_one and rungs else None
+
+    def take_paused(self) -> list[int]:
+        """Take all units that are paused, in their order."""
+        units = sorted(unit for paused in self._paused.values() for _, unit in paused)
+        self._paused.clear()
+        return units
+
+    def __bool__(self) -> bool:
+        return any(self._paused.values())
 
 
 def answer(run_dir: Path, evaluation: int, reason: str) -> None:

@@ -1,10 +1,12 @@
 """What is known of a sweep's trials: their statuses, how far it is, its history, and what sweep.json says."""
 
+import json
 import random
 import sys
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from src.config.schema import Direction, Pruner, Sampler
@@ -23,7 +25,12 @@ class SweepState:
 
     def __init__(self, plan: Plan, folder: SweepFolder, trials: Sequence[Trial], todo: Sequence[int]) -> None:
         self.plan, self.folder = plan, folder
-        self.trials = {trial.number: trial for trial in trials}
+        self.trials: dict[int, Trial] = {}
+        self._units: dict[int, list[Trial]] = {}
+        self._sections: dict[str, Any] = {}
+        self.unit_of: dict[str, int] = {}  # the identity of a trial -> its unit
+        for trial in trials:
+            self.add(trial)
         self.statuses = {number: folder.status(number, plan.config.metric) for number in self.trials}
         self.todo = set(todo)  # the numbers of the trials that the command asks for
         self.queue = self._ordered(todo)
@@ -47,16 +54,26 @@ class SweepState:
             left.sort(key=lambda number: (place[self.trials[number].unit], number))
         return sorted(left, key=lambda number: order[self.statuses[number].state])
 
+    def add(self, trial: Trial) -> None:
+        """Take a trial into the sweep; sections of its configuration that others have too are kept once."""
+        config = {key: self._shared(value) for key, value in trial.config.items()}
+        trial = self.trials[trial.number] = replace(trial, config=config)
+        self._units.setdefault(trial.unit, []).append(trial)
+        self.unit_of[trial.identity] = trial.unit
+
+    def _shared(self, section: Any) -> Any:
+        return self._sections.setdefault(json.dumps(section, sort_keys=True), section)
+
     @property
-    def units(self) -> set[int]:
-        return {trial.unit for trial in self.trials.values()}
+    def units(self) -> Collection[int]:
+        return self._units.keys()
 
     def states_of(self, trials: Iterable[Trial]) -> set[str]:
         return {self.statuses[trial.number].state for trial in trials}
 
     def of_unit(self, unit: int) -> list[Trial]:
         """Return the trials of a unit that count: those that are done, and those that the command asks for."""
-        trials = (trial for trial in self.trials.values() if trial.unit == unit)
+        trials = self._units[unit]
         return [one for one in trials if one.number in self.todo or self.statuses[one.number].is_over]
 
     def mean(self, unit: int) -> float | None:

@@ -1,7 +1,6 @@
 """A trial: a run inside a sweep, with its frozen configuration and what identifies it. No torch here."""
 
 import copy
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,8 +54,7 @@ class Trial:
 
     def as_dict(self) -> dict[str, Any]:
         """Return a line of trials.jsonl."""
-        values = dataclasses.asdict(self) | {"config": dict(self.config)}
-        return with_checksum({key: value for key, value in values.items() if key != "sampler" or value})
+        return with_checksum({key: value for key, value in vars(self).items() if key != "sampler" or value})
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Self:
