@@ -21,9 +21,9 @@ from src.config.command_line import read_command_line
 from src.config.frozen import config_hash
 from src.records import Digest
 from src.runtime.signals import StopRequest
+from src.sweep.engines.engine import TrialJob
 from src.sweep.plan import plan_sweep
 from src.sweep.sweeper import lead
-from src.sweep.workers import TrialJob
 
 METRIC = "eval/validation/loss"
 NUM_EVALUATIONS = 9
@@ -43,7 +43,7 @@ class Stubs:
     def room(self) -> int:
         return 1 - len(self.running)
 
-    def get_ready(self) -> None: ...
+    def open(self) -> None: ...
 
     def is_ready(self, seconds: float) -> bool:
         return True
@@ -72,8 +72,6 @@ class Stubs:
         status["journal"] = {"metrics.jsonl": Digest(metrics).as_dict()}
         (job.run_dir / "status.json").write_text(json.dumps(status))
 
-    def go(self) -> None: ...
-
     def wait(self, seconds: float) -> list[tuple[TrialJob, int]]:
         ended, self._ended, self.running = self._ended, [], []
         self._num_ended += len(ended)
@@ -91,6 +89,8 @@ class Stubs:
     def ask_to_stop(self) -> None: ...
 
     def stop_at_once(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ def preflight(job: Job) -> int:
     console.label("preflight", f"{config.name}: nothing is trained")
 
     from src.inspection.libraries import import_as_run
-    from src.sweep.workers import PRELOAD_MODULE, modules_of_run
+    from src.sweep.engines.local import PRELOAD_MODULE, modules_of_run
 
     libraries_bytes = import_as_run([PRELOAD_MODULE, *modules_of_run(config)])
 

@@ -31,7 +31,7 @@ from src.config.job import Job
 from src.config.schema import Device, MixedPrecision, RuntimeConfig
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import StopRequest
-from src.sweep.workers import OPTIONAL_MODULES, PRELOAD_MODULE, start_fork_server
+from src.sweep.engines.local import OPTIONAL_MODULES, PRELOAD_MODULE, start_fork_server
 
 set_switches()
 
@@ -293,8 +293,8 @@ def swept_and_drawn(tmp_path: Path) -> Callable[..., int]:
     def run(*arguments: str) -> int:
         from src.cli.hydra_main import run_trial
         from src.runtime.signals import StopRequest
+        from src.sweep.engines.local import Workers
         from src.sweep.sweeper import lead
-        from src.sweep.workers import Workers
         from tests.sweeps import planned
 
         plan = planned(f"hydra.sweep.dir={tmp_path / 'sweep'}", *arguments)
@@ -302,6 +302,34 @@ def swept_and_drawn(tmp_path: Path) -> Callable[..., int]:
         return lead(plan, StopRequest(), workers)
 
     return run
+
+
+@pytest.fixture
+def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start a sweep's command, in a session of its own; what is left of it at the end is killed."""
+    from tests.sweeps import command
+
+    running: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        running.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "src.run", *command(*arguments)],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        )
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 @pytest.fixture

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from src.config.command_line import read_command_line
 from src.config.identity import new_identity
 from src.sweep.plan import Plan, plan_sweep
-from tests.conftest import ROWS, read_lines
+from tests.conftest import ROWS, read_lines, towline
 
 TINY = (
     "debug=smoke",
@@ -65,3 +69,51 @@ def study_of(folder: Path) -> Any:
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / "study.journal")))
     (name,) = optuna.get_all_study_names(storage)
     return optuna.load_study(study_name=name, storage=storage)
+
+
+# ---- from the command line
+
+LONG = ("training.max_train_steps=100000", "training.num_train_epochs=90000", "evaluation.eval_steps=null",
+        "checkpoint.checkpointing_steps=null", "sweep.n_jobs=2", "seed=1,2,3,4")  # fmt: skip
+
+
+def command(*arguments: str) -> list[str]:
+    return ["-m", *TINY, *untracked(arguments), *arguments]
+
+
+def sweep(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Give a sweep's command, and wait for its end."""
+    return towline(*command(*arguments))
+
+
+def until(holds: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:
+    """Wait until something holds; gives it."""
+    deadline = time.monotonic() + seconds
+    while not (found := holds()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+    return found
+
+
+def pid_of(folder: Path, number: int) -> int | None:
+    """Give the process of a trial that trains."""
+    try:
+        status = json.loads((folder / str(number) / "status.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return status["pid"] if status["state"] == "RUNNING" and status["step"] > 0 else None
+
+
+def left_of(folder: Path) -> list[psutil.Process]:
+    """Find the processes that have a file of the sweep open or as an argument."""
+    found = []
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        try:
+            files = [file.path for file in process.open_files()]
+            if process.pid != os.getpid() and any(
+                str(folder) in one for one in [*files, *(process.info["cmdline"] or [])]
+            ):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found

@@ -17,7 +17,8 @@ from src.cli import main, start
 from src.evaluation import predicting
 from src.inspection import preview
 from src.sweep import sweeper
-from src.sweep.workers import PRELOAD_MODULE, TrialJob, Workers
+from src.sweep.engines.engine import TrialJob
+from src.sweep.engines.local import PRELOAD_MODULE, Workers
 from src.tracking import lock
 from tests.conftest import ROOT, ROWS
 

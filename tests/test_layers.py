@@ -37,6 +37,8 @@ DOORS = {
     "tensorboard": ("tracking",),
     "wandb": ("tracking",),
     "optuna": ("sweep",),
+    "ray": ("sweep.engines.ray_tasks",),
+    "submitit": ("sweep.engines.slurm",),
     "safetensors": ("checkpoint", "model"),
     "torch": (
         "overview",

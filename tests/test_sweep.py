@@ -8,28 +8,40 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 import yaml
 
 from src.errors import ConfigError, RunFolderError, SweepError
 from src.runtime.devices import shares, visible_gpus
 from src.runtime.signals import StopRequest
+from src.sweep.engines.local import Workers, modules_of_run
 from src.sweep.folder import SweepFolder
 from src.sweep.pruning import Halving
 from src.sweep.space import Interval
 from src.sweep.sweeper import lead
-from src.sweep.workers import Workers, modules_of_run
 from src.tracking.lock import hold
-from tests.conftest import ROOT, ForkedCommand, read_lines, towline, write_lines
-from tests.sweeps import TINY, board_of, planned, sleep_before_it_begins, starts, states, steps_of, study_of, untracked
+from tests.conftest import ForkedCommand, read_lines, towline, write_lines
+from tests.sweeps import (
+    LONG,
+    TINY,
+    board_of,
+    command,
+    left_of,
+    pid_of,
+    planned,
+    sleep_before_it_begins,
+    starts,
+    states,
+    steps_of,
+    study_of,
+    sweep,
+    until,
+)
 
 
 def refusal(*arguments: str) -> str:
@@ -239,7 +251,6 @@ def test_a_grid_runs_ranks_and_is_left_alone_when_it_is_done(swept_and_drawn: Ca
 
 
 def test_a_trial_computes_what_the_same_run_alone_does(swept: Callable[..., int], folder: Path, tmp_path: Path) -> None:
-    from tests.conftest import towline
 
     assert swept("seed=7") == 0
     assert towline(*TINY, "tracking=none", "seed=7", f"hydra.run.dir={tmp_path / 'alone'}").returncode == 0
@@ -529,73 +540,6 @@ def test_models_are_compared_in_groups(swept: Callable[..., int], folder: Path) 
 # ---- from the command line
 
 
-def command(*arguments: str) -> list[str]:
-    return ["-m", *TINY, *untracked(arguments), *arguments]
-
-
-def sweep(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Give a sweep's command, and wait for its end."""
-    return towline(*command(*arguments))
-
-
-@pytest.fixture
-def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    running: list[subprocess.Popen[str]] = []
-
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        running.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "src.run", *command(*arguments)],
-                cwd=ROOT,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-        )
-        return running[-1]
-
-    yield start
-    for process in running:
-        process.kill()
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
-
-
-def until(holds: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:
-    """Wait until something holds; gives it."""
-    deadline = time.monotonic() + seconds
-    while not (found := holds()):
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
-    return found
-
-
-def pid_of(folder: Path, number: int) -> int | None:
-    """Give the process of a trial that trains."""
-    try:
-        status = json.loads((folder / str(number) / "status.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return status["pid"] if status["state"] == "RUNNING" and status["step"] > 0 else None
-
-
-def left_of(folder: Path) -> list[psutil.Process]:
-    """Find the processes that have a file of the sweep open or as an argument."""
-    found = []
-    for process in psutil.process_iter(["pid", "cmdline"]):
-        try:
-            files = [file.path for file in process.open_files()]
-            if process.pid != os.getpid() and any(
-                str(folder) in one for one in [*files, *(process.info["cmdline"] or [])]
-            ):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 def test_a_grid_survives_a_failure_a_kill_and_the_death_of_its_parent(
     started: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
@@ -653,10 +597,6 @@ def test_a_grid_survives_a_failure_a_kill_and_the_death_of_its_parent(
     assert starts(folder) == [count + (number == 4) for number, count in enumerate(before)]
     assert [row["n"] for row in board_of(folder)] == ["2"] * 4
     assert not left_of(folder)
-
-
-LONG = ("training.max_train_steps=100000", "training.num_train_epochs=90000", "evaluation.eval_steps=null",
-        "checkpoint.checkpointing_steps=null", "sweep.n_jobs=2", "seed=1,2,3,4")  # fmt: skip
 
 
 def test_ctrl_c_once_has_trials_save_and_the_sweep_goes_on(

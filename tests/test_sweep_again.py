@@ -17,12 +17,13 @@ import pytest
 from src.cli.hydra_main import run_trial
 from src.errors import ConfigError
 from src.runtime.signals import StopRequest
+from src.sweep.engines.engine import TrialJob
+from src.sweep.engines.local import Workers
 from src.sweep.folder import SweepFolder
 from src.sweep.pruning import VERDICT_SECONDS, Pruning, answer
 from src.sweep.study import Study, Unit
 from src.sweep.sweeper import lead
 from src.sweep.warm_start import earlier_units
-from src.sweep.workers import TrialJob, Workers
 from tests.conftest import read_lines
 from tests.sweeps import board_of, planned, states, study_of
 

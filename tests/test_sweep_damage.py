@@ -14,9 +14,10 @@ import pytest
 from src.errors import DamagedFileError
 from src.records import Digest
 from src.runtime.signals import StopRequest
-from src.sweep.launched import _state
+from src.sweep.engines.engine import TrialJob
+from src.sweep.engines.local import Workers
+from src.sweep.engines.remote import code_of_lost
 from src.sweep.sweeper import lead
-from src.sweep.workers import Workers
 from src.tracking.sweep_files import read_sweep
 from tests.conftest import read_lines, write_lines
 from tests.sweeps import board_of, planned, starts, states, study_of
@@ -269,9 +270,8 @@ def test_a_status_of_wrong_shapes_is_that_trials_failure(
     assert start(sweep) == 1
     assert f"{file} is damaged" in capsys.readouterr().out
     assert [row["failed"] for row in board_of(sweep)] == ["0", "1"]
-    assert _state(sweep / "0") == "FINISHED"
-    if next(iter(wrong)) in ("step", "state"):
-        assert _state(sweep / "1") is None
+    lost = [code_of_lost(TrialJob(number, {}, sweep / str(number)), OSError("gone")) for number in (0, 1)]
+    assert lost == [0, 1]
 
 
 def in_the_way(folder: Path, name: str, kind: str) -> Path:

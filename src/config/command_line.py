@@ -39,6 +39,7 @@ PRIMARY = "--config-name"
 NOT_IN_SWEEP_ID = (
     *("name", "tracking", "sweep.name", "sweep.n_trials", "sweep.n_jobs", "sweep.max_seconds", "sweep.dry_run"),
     *("sweep.fail_fast", "sweep.max_retries", "sweep.max_points", "sweep.storage", "force"),
+    *("sweep.engine", "sweep.ray_address", "sweep.slurm"),
 )
 """Keys that change how a sweep is run, or how long it takes, and not what it compares: the same sweep resumes."""
 VARIED_BY_HYDRA = ("hydra.sweeper.params", "hydra/sweeper")

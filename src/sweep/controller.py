@@ -16,13 +16,12 @@ from src.config.schema import Direction, Pruner
 from src.errors import NonFiniteLossError, Pruned, TowlineError, TrainingError, is_disk_full
 from src.runtime.signals import StopRequest
 from src.sweep import pruning
+from src.sweep.engines.engine import Engine, TrialJob
 from src.sweep.folder import TrialStatus, last_words, written_ns
-from src.sweep.launched import TrialRunner
 from src.sweep.progress import ProgressTable
 from src.sweep.state import SweepState, early_replicates
 from src.sweep.study import Proposal, Study, Unit
 from src.sweep.trial import Trial, short
-from src.sweep.workers import TrialJob
 from src.tracking.run_folder import STATUS, note_end
 from src.tracking.step_logs import METRICS
 
@@ -42,6 +41,7 @@ class _Progress:
     rung: int | None = None  # the evaluation at which it pauses, or is paused
     metrics_ns: int | None = None  # when the metrics were written that it has a verdict on
     started: float = 0.0  # when it was last started, by the monotonic clock
+    step: int = 0  # how far it was then
     written_ns: int | None = None  # when its status.json had been written last before that
     is_settled: bool = False  # whether this start of the sweep is done with it
 
@@ -50,9 +50,9 @@ class SweepController:
     """Runs the trials of one sweep whose folder is held."""
 
     def __init__(
-        self, state: SweepState, study: Study, workers: TrialRunner, stop: StopRequest, display: ProgressTable
+        self, state: SweepState, study: Study, engine: Engine, stop: StopRequest, display: ProgressTable
     ) -> None:
-        self.state, self._study, self.workers, self._stop, self._display = state, study, workers, stop, display
+        self.state, self._study, self.engine, self._stop, self._display = state, study, engine, stop, display
         self.plan, self.folder = state.plan, state.folder
         self._progress: defaultdict[int, _Progress] = defaultdict(_Progress)
         self._metric, pruner = self.plan.config.metric, self.plan.config.pruner
@@ -78,7 +78,7 @@ class SweepController:
                 return trial
         if self._propose():
             return self._next()
-        is_stuck = not self.workers.running and not any(s.state == "FINISHED" for s in self.state.statuses.values())
+        is_stuck = not self.engine.running and not any(s.state == "FINISHED" for s in self.state.statuses.values())
         return self._promoted(at_least_one=True) if is_stuck else None
 
     def _promoted(self, *, at_least_one: bool = False) -> Trial | None:
@@ -157,31 +157,30 @@ class SweepController:
             if status.state == "FINISHED" and number not in noted:
                 self.state.note(number, status)
         self._find_paused()
-        if (self.state.queue or not self.plan.is_listed) and not self.workers.is_ready(POLL_SECONDS):
+        if (self.state.queue or not self.plan.is_listed) and not self.engine.is_ready(POLL_SECONDS):
             self._display.say("importing what the trials need")
-            while not self.workers.is_ready(POLL_SECONDS) and not self._stop_reason():
+            while not self.engine.is_ready(POLL_SECONDS) and not self._stop_reason():
                 pass
         why = ""
         try:
             while True:
                 why = why or self._stop_reason()
-                if why and self.workers.running:
-                    self.workers.ask_to_stop()
-                    self._display.say(f"stopping: {why}; {len(self.workers.running)} running trials save and end")
-                while not self._stop_reason() and self.workers.room and (trial := self._next()) is not None:
+                if why and self.engine.running:
+                    self.engine.ask_to_stop()
+                    self._display.say(f"stopping: {why}; {len(self.engine.running)} running trials save and end")
+                while not self._stop_reason() and self.engine.room and (trial := self._next()) is not None:
                     self._start(trial)
                     self.write("RUNNING")
-                self.workers.go()
-                if not self.workers.running:
+                if not self.engine.running:
                     if not why:
                         self._end_paused()
                     return why
                 self._follow(stopping=bool(why))
         except KeyboardInterrupt:
-            self.workers.stop_at_once()
+            self.engine.stop_at_once()
             deadline = time.monotonic() + LAST_SECONDS
-            while self.workers.running and time.monotonic() < deadline:
-                self._collect(self.workers.wait(POLL_SECONDS))
+            while self.engine.running and time.monotonic() < deadline:
+                self._collect(self.engine.wait(POLL_SECONDS))
             raise
 
     def _end_paused(self) -> None:
@@ -194,8 +193,8 @@ class SweepController:
 
     def _follow(self, *, stopping: bool) -> None:
         """Wait until a trial ends or something else is to be done."""
-        while self.workers.running:
-            if ended := self.workers.wait(POLL_SECONDS):
+        while self.engine.running:
+            if ended := self.engine.wait(POLL_SECONDS):
                 self._collect(ended)
                 self.write("RUNNING")
                 if not stopping:
@@ -208,7 +207,7 @@ class SweepController:
                 self.notify()
             self._answer_waiting()
             if self._display.is_due():
-                for number in self.workers.running:
+                for number in self.engine.running:
                     self.state.statuses[number] = self.folder.status(number, self._metric, is_running=True)
                 self._display.show(self.state.entries(), self.summary())
 
@@ -230,10 +229,10 @@ class SweepController:
             return
         run_dir = self.folder.run_dir(trial.number)
         progress.written_ns = written_ns(run_dir / STATUS)
-        step = self.state.statuses[trial.number].step
-        self._say(trial, "resumes" if step else "starts")
-        self.state.statuses[trial.number] = TrialStatus("RUNNING", step=step)
-        self.workers.start(TrialJob(trial.number, dict(trial.config), run_dir, self._link(trial)))
+        progress.step = self.state.statuses[trial.number].step
+        self._say(trial, "resumes" if progress.step else "starts")
+        self.state.statuses[trial.number] = TrialStatus("RUNNING", step=progress.step)
+        self.engine.start(TrialJob(trial.number, dict(trial.config), run_dir, self._link(trial)))
 
     def _say(self, trial: Trial, text: str) -> None:
         self._display.say(f"trial {trial.number}  {short(trial.label) or self.plan.name}  {text}")
@@ -261,6 +260,8 @@ class SweepController:
     def _settle(self, trial: Trial, status: TrialStatus, code: int) -> None:
         progress = self._progress[trial.number]
         self.state.statuses[trial.number] = status
+        if status.state == "PREEMPTED" and status.step > progress.step and "SIG" in status.cause:
+            progress.attempts = 0  # a scheduler's time limit, however often: it is getting there
         if is_disk_full(status.cause):
             self.fault = f"the disk is full: {self.folder.folder}"
         is_again = not self._stop_reason() and self._may_retry(status, code, progress)
@@ -317,22 +318,20 @@ class SweepController:
 
     def _answer_waiting(self) -> None:
         """Tell each trial that waits after an evaluation whether to continue."""
-        for number in self.workers.running if self._waits else ():
+        for number in self.engine.running if self._waits else ():
             progress, run_dir = self._progress[number], self.folder.run_dir(number)
             written = written_ns(run_dir / METRICS)
             if written == progress.metrics_ns:
                 continue
             progress.metrics_ns = written
             reports = self.folder.reports(number, self._metric)
-            answered = len(self._study.units[self.state.trials[number].unit].reports)
-            is_worse = len(reports) > answered and self._is_worse(number)
+            unit = self.state.trials[number].unit
+            is_new = len(reports) > len(self._study.units[unit].reports) and self._note_reports(number)
+            is_worse = is_new and self._study.should_prune(unit)
             seen = f"{self._metric} {reports[-1]:.4g} at evaluation {len(reports)}" if reports else ""
             reason = f"{seen}: others were better ({self.plan.config.pruner.name})" if is_worse else ""
             if reports:
                 pruning.answer(run_dir, len(reports), reason)
-
-    def _is_worse(self, number: int) -> bool:
-        return bool(self._note_reports(number)) and self._study.should_prune(self.state.trials[number].unit)
 
     def _find_paused(self) -> None:
         """Find the trials that are paused: those that say so, and those killed at an evaluation where they pause."""
@@ -386,7 +385,7 @@ class SweepController:
 
     def summary(self) -> str:
         """Return in a line how far the sweep is."""
-        return self.state.summary([self._progress[number].started for number in self.workers.running])
+        return self.state.summary([self._progress[number].started for number in self.engine.running])
 
     def write(self, state: str) -> None:
         """Write sweep.json, now and then while trials run; a full disk stops the sweep."""

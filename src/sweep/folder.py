@@ -20,8 +20,8 @@ from src.config.options import option_files
 from src.errors import DamagedFileError, SweepError
 from src.metrics import greater_is_better
 from src.records import Digest, damaged, read_bytes, read_json, read_lines
+from src.sweep.engines.engine import log_file
 from src.sweep.trial import Trial, check_trial
-from src.sweep.workers import log_file
 from src.tracking.lock import LOCK, holder_of
 from src.tracking.run_folder import SUMMARY
 from src.tracking.step_logs import METRICS, read_step_log

@@ -9,15 +9,20 @@ from typing import Any
 
 from src.config.command_line import CommandLine
 from src.config.problems import refuse
-from src.config.schema import Device
-from src.errors import Interrupted, RunFolderError, TowlineError, is_disk_full, report, visible
+from src.config.schema import Device, EngineName
+from src.errors import Interrupted, RunFolderError, SweepError, TowlineError, is_disk_full, report, visible
 from src.runtime.launch import ORPHAN_SECONDS
 from src.runtime.signals import StopRequest
 from src.sweep import leaderboard
 from src.sweep.controller import POLL_SECONDS, UNENDED, SweepController
 from src.sweep.cost import Forecast, show_cost
+from src.sweep.engines.engine import Engine, RunTrial
+from src.sweep.engines.launched import Launched, is_own_launcher
+from src.sweep.engines.local import Workers, end_fork_server, modules_of_run, start_fork_server
+from src.sweep.engines.ray_tasks import RayTasks
+from src.sweep.engines.remote import STOP_FILE, withdraw
+from src.sweep.engines.slurm import Slurm
 from src.sweep.folder import SweepFolder, TrialStatus
-from src.sweep.launched import Launched, TrialRunner, is_own_launcher
 from src.sweep.mirror import Mirror
 from src.sweep.plan import Plan, plan_sweep
 from src.sweep.progress import ProgressTable, failures, listing
@@ -27,7 +32,6 @@ from src.sweep.state import SweepState, early_replicates, units_of
 from src.sweep.study import Study
 from src.sweep.trial import Trial
 from src.sweep.warm_start import earlier_units
-from src.sweep.workers import RunTrial, Workers, end_fork_server, modules_of_run, start_fork_server
 from src.tracking.console import Console
 from src.tracking.lock import hold
 from src.tracking.tracker import open_sweep_tracking
@@ -41,7 +45,7 @@ class SweepRequest:
     plan: Plan
     stop: StopRequest
     run_trial: RunTrial
-    workers: Workers
+    engine: Engine
     forecast: Forecast
     code: int = 0
 
@@ -54,25 +58,41 @@ def request_sweep(line: CommandLine, stop: StopRequest, run_trial: RunTrial, for
     with ExitStack() as if_refused:
 
         def begin(plan: Plan) -> None:
-            if not plan.config.dry_run and plan.is_own_sweeper:
+            if not plan.config.dry_run and plan.is_own_sweeper and plan.config.engine is EngineName.local:
                 if_refused.callback(end_fork_server)
-                varied = {axis.key.partition(".")[0] for axis in plan.axes}
-                start_fork_server(modules_of_run(plan.sample, varied))
+                start_fork_server(_modules(plan))
 
         plan = plan_sweep(line, begin)
         if_refused.pop_all()
     if not plan.is_own_sweeper:
         return None
+    return SweepRequest(plan, stop, run_trial, engine_of(plan, run_trial), forecast)
+
+
+def _modules(plan: Plan) -> list[str]:
+    """Return the modules that the sweep's trials import, besides what all runs do."""
+    return modules_of_run(plan.sample, {axis.key.partition(".")[0] for axis in plan.axes})
+
+
+def engine_of(plan: Plan, run_trial: RunTrial) -> Engine:
+    """Return what `sweep.engine` names; SweepError where it can't be had here."""
     runtime = plan.sample.runtime
-    workers = Workers(run_trial, plan.config.n_jobs, runtime.num_processes, uses_gpus=runtime.device is not Device.cpu)
-    return SweepRequest(plan, stop, run_trial, workers, forecast)
+    if plan.config.engine is EngineName.ray:
+        return RayTasks(plan, run_trial, _modules(plan))
+    if plan.config.engine is EngineName.slurm:
+        return Slurm(plan, run_trial)
+    return Workers(run_trial, plan.config.n_jobs, runtime.num_processes, uses_gpus=runtime.device is not Device.cpu)
 
 
 def sweep(request: SweepRequest, config: Any, context: Any) -> int:
     """Run a sweep as Hydra's sweeper, with what Hydra sets one up with, and return its exit code."""
-    launched = None if is_own_launcher(config) else Launched(config, context, request.plan, request.run_trial)
+    engine = request.engine
     try:
-        request.code = lead(request.plan, request.stop, launched or request.workers, request.forecast)
+        if not is_own_launcher(config):
+            if (name := request.plan.config.engine) is not EngineName.local:
+                raise SweepError(f"sweep.engine = {name} runs trials without hydra/launcher: leave one of them out")
+            engine = Launched(config, context, request.plan, request.run_trial)
+        request.code = lead(request.plan, request.stop, engine, request.forecast)
     except TowlineError as error:  # Hydra would show where it came from
         report(f"\n{error}")
         request.code = error.exit_code
@@ -81,11 +101,11 @@ def sweep(request: SweepRequest, config: Any, context: Any) -> int:
         report(f"\n{what}: {request.plan.folder}. The same command continues once that is fixed.")
         request.code = 1
     finally:
-        end_fork_server()
+        request.engine.close()
     return request.code
 
 
-def lead(plan: Plan, stop: StopRequest, workers: TrialRunner, forecast: Forecast | None = None) -> int:
+def lead(plan: Plan, stop: StopRequest, engine: Engine, forecast: Forecast | None = None) -> int:
     """Lead a sweep to its end, from the beginning or from where it was stopped; return the exit code.
 
     SweepError or RunFolderError say why the folder can't be used; Interrupted: stopped before it began.
@@ -101,7 +121,7 @@ def lead(plan: Plan, stop: StopRequest, workers: TrialRunner, forecast: Forecast
         )
     stop.set_time_limit(plan.config.max_seconds, "sweep.max_seconds")
     with stop.deferred():  # a stop is passed on to the trials
-        return _run_trials(plan, record, stop, workers, console)
+        return _run_trials(plan, record, stop, engine, console)
 
 
 def _show_space(plan: Plan, console: Console) -> None:
@@ -110,7 +130,7 @@ def _show_space(plan: Plan, console: Console) -> None:
         console.label("", visible(f"{key}={text}", is_line=True))
 
 
-def _run_trials(plan: Plan, record: SweepFolder, stop: StopRequest, workers: TrialRunner, console: Console) -> int:
+def _run_trials(plan: Plan, record: SweepFolder, stop: StopRequest, engine: Engine, console: Console) -> int:
     """Hold the sweep's folder and run what is left to run in it; return the exit code."""
     with ExitStack() as until_the_end:
         until_the_end.enter_context(hold(plan.folder))
@@ -118,8 +138,8 @@ def _run_trials(plan: Plan, record: SweepFolder, stop: StopRequest, workers: Tri
         record.refuse_other()  # before anything is written
         if not plan.force:
             record.read()
-        _reclaim(record, workers, display, stop)
-        workers.get_ready()
+        _reclaim(record, display, stop)
+        engine.open()
         if plan.force:
             record.clear()
         trials, todo = _trials(plan, record)
@@ -133,7 +153,7 @@ def _run_trials(plan: Plan, record: SweepFolder, stop: StopRequest, workers: Tri
         units = list(units_of(state))
         mirror = until_the_end.enter_context(closing(Mirror(plan, units, console.warn)))
         study = Study(plan.config, plan.axes, units, mirror.note, earlier_units(plan))
-        controller = SweepController(state, study, workers, stop, display)
+        controller = SweepController(state, study, engine, stop, display)
         _warn_of_damage(state.statuses, console)
         controller.write("RUNNING")
         exports = until_the_end.enter_context(open_sweep_tracking(plan.sample.tracking, plan.folder, console))
@@ -151,13 +171,13 @@ def _run_trials(plan: Plan, record: SweepFolder, stop: StopRequest, workers: Tri
     return code
 
 
-def _reclaim(record: SweepFolder, workers: TrialRunner, display: ProgressTable, stop: StopRequest) -> None:
+def _reclaim(record: SweepFolder, display: ProgressTable, stop: StopRequest) -> None:
     """Ask trials that an earlier start left running to stop, and wait; RunFolderError names one that does not end."""
     deadline = time.monotonic() + ORPHAN_SECONDS
     announced: set[int] = set()
     while held := list(record.held(record.numbers())):
         if not announced:
-            workers.ask_to_stop()  # processes of this machine know by themselves that their sweep has died
+            (record.folder / STOP_FILE).touch()  # processes of this machine know by themselves that their sweep died
         for number, by_whom in held:
             if number not in announced:
                 display.say(f"trial {number}  waits: {by_whom}")
@@ -167,6 +187,7 @@ def _reclaim(record: SweepFolder, workers: TrialRunner, display: ProgressTable, 
         if time.monotonic() > deadline:
             raise RunFolderError(f"trial {held[0][0]} is still running: {held[0][1]}")
         time.sleep(POLL_SECONDS * 5)
+    withdraw(record.folder)
 
 
 def _warn_of_damage(statuses: Mapping[int, TrialStatus], console: Console) -> None:

@@ -54,7 +54,7 @@ from src.config.schema.sections import (
     TopLevelConfig,
     TrainingConfig,
 )
-from src.config.schema.sweep import Direction, Pruner, Replicate, Sampler, SweepConfig
+from src.config.schema.sweep import Direction, EngineName, Pruner, Replicate, Sampler, SweepConfig
 from src.config.schema.tokens import InitMethod, TokensConfig
 from src.config.schema.tracking import TRACKERS, MlflowConfig, TrackingConfig
 from src.metrics import METRICS

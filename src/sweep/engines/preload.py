@@ -1,6 +1,6 @@
 """Imported by the fork server only: makes it what every trial begins with, with no threads and no CUDA.
 
-What only some trials need it imports after this, see src.sweep.workers.
+What only some trials need it imports after this, see src.sweep.engines.local.
 """
 
 from contextlib import suppress

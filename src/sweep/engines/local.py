@@ -11,9 +11,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -26,10 +25,9 @@ from src.errors import DamagedFileError, SweepError, one_line
 from src.records import read_json
 from src.runtime.collector import rest_while_importing
 from src.runtime.devices import shares, threads_each, visible_gpus
+from src.sweep.engines.engine import RunTrial, TrialJob, log_file, print_into
 
-RunTrial = Callable[[dict[str, Any], str, Mapping[str, Any] | None], int]
-"""Runs a frozen configuration in a folder, told when it ends early (see src.sweep.pruning); returns the exit code."""
-PRELOAD_MODULE = "src.sweep.preload"  # what the fork server imports before the first trial
+PRELOAD_MODULE = "src.sweep.engines.preload"  # what the fork server imports before the first trial
 OPTIONAL_MODULES = {
     "adapter": ("peft",),
     "mlflow": (
@@ -55,21 +53,6 @@ def modules_of_run(config: RunConfig, varied: Collection[str] = ()) -> list[str]
         kind = read_json(Path(config.model.checkpoint, "config.json"), {"model_type": str})["model_type"]
         modules.append(f"transformers.models.{kind}.modeling_{kind}")
     return modules
-
-
-def log_file(run_dir: Path) -> Path:
-    """Return the file that holds what a trial prints."""
-    return run_dir / "logs" / "output.log"
-
-
-@dataclass
-class TrialJob:
-    """A trial that is to run, or runs."""
-
-    number: int
-    config: dict[str, Any]
-    run_dir: Path
-    link: Mapping[str, Any] | None = None
 
 
 def start_fork_server(needs: Sequence[str]) -> None:
@@ -110,26 +93,22 @@ class Workers:
         self._threads = threads_each(n_jobs, gpus_each)
         self._gpus = shares(visible_gpus() if uses_gpus else [], n_jobs, gpus_each)
         self._working: dict[int, tuple[TrialJob, BaseProcess]] = {}  # by the slot that a trial takes
-        self._first: threading.Thread | None = None
+        self._first: threading.Thread
 
     @property
     def room(self) -> int:
-        """How many trials may be started now."""
         return self._n_jobs - len(self._working)
 
     @property
     def running(self) -> list[int]:
-        """The numbers of the trials at work."""
         return [job.number for job, _ in self._working.values()]
 
-    def get_ready(self) -> None:
-        """Nothing is left of an earlier start."""
+    def open(self) -> None:
+        """Have the fork server, which imports what trials need since the command was checked, fork a first process."""
+        self._first = threading.Thread(target=self._start_nothing, name="fork-server", daemon=True)
+        self._first.start()
 
     def is_ready(self, seconds: float) -> bool:
-        """Wait until trials start at once, or so long; whether they do."""
-        if self._first is None:
-            self._first = threading.Thread(target=self._start_nothing, name="fork-server", daemon=True)
-            self._first.start()
         self._first.join(seconds)
         return not self._first.is_alive()
 
@@ -140,7 +119,6 @@ class Workers:
             process.join()
 
     def start(self, job: TrialJob) -> None:
-        """Start a trial, for which there is room."""
         slot = next(i for i in range(self._n_jobs) if i not in self._working)
         variables = dict(os.environ)
         if self._threads is not None:
@@ -155,11 +133,7 @@ class Workers:
             raise SweepError(f"the process that trials are forked from has died ({one_line(error)})") from error
         self._working[slot] = job, process
 
-    def go(self) -> None:
-        """Trials run as soon as they are started."""
-
     def wait(self, seconds: float) -> list[tuple[TrialJob, int]]:
-        """Wait until a trial ends, or so long; return those that have ended, with their exit codes."""
         multiprocessing.connection.wait([process.sentinel for _, process in self._working.values()], seconds)
         ended = {slot: one for slot, one in self._working.items() if one[1].exitcode is not None}
         for slot, (_, process) in ended.items():
@@ -168,13 +142,11 @@ class Workers:
         return [(job, process.exitcode or 0) for job, process in ended.values()]
 
     def ask_to_stop(self, number: int = signal.SIGTERM) -> None:
-        """Ask every trial to save and end."""
         for _, process in self._working.values():
             with suppress(ProcessLookupError):
                 os.kill(process.pid or 0, number)
 
     def stop_at_once(self) -> None:
-        """End every trial, and all that they started."""
         processes = []
         for _, trial in self._working.values():
             with suppress(psutil.NoSuchProcess):
@@ -186,6 +158,9 @@ class Workers:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(alive, timeout=GRACE_SECONDS)
+
+    def close(self) -> None:
+        end_fork_server()
 
 
 def _work(
@@ -214,20 +189,3 @@ def _detach_from_fork_server() -> None:
     if (kept := server._forkserver_alive_fd) is not None:
         os.close(kept)
         server._forkserver_alive_fd = None
-
-
-def note(file: Path, text: str) -> None:
-    """Add a line to what a trial printed."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a", encoding="utf-8") as log:
-        log.write(f"{text}\n")
-
-
-def print_into(file: Path) -> None:
-    """Append all that this process prints to a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    into = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
-        os.dup2(into, number)
-        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    os.close(into)
