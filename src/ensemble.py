@@ -108,8 +108,8 @@ def admit(argv: Sequence[str]) -> tuple[list[Job], Path | None]:
     trials = FinishedTrials()
     jobs = admit_members(argv, trials)
     top = jobs[0].entry_section.top
-    if trials.sweep is not None:
-        return [job for job in jobs if job.run_dir in trials.of_best(top)], trials.sweep
+    if (sweep := trials.standings) is not None:
+        return [job for job in jobs if job.run_dir in sweep.finished(top)], sweep.folder
     if top is not None:
         reason = "chooses among the settings of a sweep: dir=SWEEP"
         raise refuse([Problem.on_command_line("ensemble.top", reason, top)])

@@ -276,8 +276,7 @@ def rows_of_different_length(tmp_path: Path) -> Callable[..., str]:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have sweeps draw nothing: test_ranking looks at pictures, and one takes as long as a trial here."""
-    for name in ("plot", "plot_history"):
-        monkeypatch.setattr(f"src.sweep.leaderboard.{name}", lambda *_: None)
+    monkeypatch.setattr("src.sweep.sweeper.write_png", lambda *_: None)
 
 
 @pytest.fixture

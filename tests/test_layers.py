@@ -20,7 +20,7 @@ LAYERS = (
     ("runtime",),
     ("config",),
     ("metrics",),
-    ("records", "markdown", "patterns", "registry"),
+    ("records", "markdown", "figures", "patterns", "registry", "significance"),
     ("errors", "util"),
     ("secrets", "terminal", "progress"),
 )

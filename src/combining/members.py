@@ -20,7 +20,7 @@ from src.data.trained import RowHashes, SeenRows
 from src.errors import DamagedFileError, DataError, ModelError
 from src.metrics import greater_is_better
 from src.records import read_json
-from src.sweep.ensembles import members_in
+from src.tracking.ensemble_files import members_in
 from src.tracking.run_folder import PROVENANCE, SUMMARY
 from src.util import listed
 

@@ -14,8 +14,8 @@ from src.config.places import remove_tree
 from src.config.schema import EnsembleConfig
 from src.data.sources import file_hash, hash_of
 from src.errors import RunFolderError
-from src.sweep.ensembles import ENSEMBLES, RECORD, read_record
 from src.tracking.console import Console
+from src.tracking.ensemble_files import ENSEMBLES, RECORD, read_record
 from src.tracking.lock import LOCK
 from src.tracking.run_folder import FILES
 from src.util import write_json

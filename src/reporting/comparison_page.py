@@ -6,16 +6,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from src.figures import Figure, Series
 from src.metrics import is_detail
 from src.reporting.curves import file_name, names_of
 from src.reporting.details import Details, read_details
-from src.reporting.figures import MOST_POINTS, MOST_SERIES, Figure, Series, series_of
+from src.reporting.figures import MOST_POINTS, MOST_SERIES, series_of
 from src.reporting.page import Block, Figures, Long, Page, Section, Table, Text
 from src.reporting.rows import Agreement, agreements
 from src.reporting.run_page import number, shown
 from src.reporting.runs import differing_keys, dotted, is_number, is_same, when
 from src.reporting.views import bits_of, by_view, scores_of
-from src.sweep.ranking import p_text
+from src.significance import p_text
 from src.tracking.live import clock
 from src.util import human_bytes, in_words, plural
 
@@ -133,7 +134,7 @@ def _agreement(found: Agreement, one: str, other: str) -> Iterator[Block]:
     yield Text(
         f"{found.name}, {plural(len(found.pairs), 'row')} that both have predicted: {both:,} right in both, "
         f"{only_one:,} only in {one}, {only_other:,} only in {other}, {neither:,} in neither; McNemar's exact test: "
-        f"{p_text(found.p_value)}"
+        f"p {p_text(found.p_value)}"
     )
     for name, kind in ((one, (True, False)), (other, (False, True))):
         pairs = [pair for pair in found.pairs if pair.is_right == kind]

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from src.figures import Figure
 from src.metrics import PART_LOSSES
-from src.reporting.figures import MOST_SERIES, Figure, series_of
+from src.reporting.figures import MOST_SERIES, series_of
 
 Line = Mapping[str, Any]
 NATS = "nats per token"

@@ -1,32 +1,18 @@
-"""Figures drawn: by bokeh in the page, by matplotlib as PNG, and as CSV. Bokeh's one door."""
+"""Figures drawn by bokeh in the page, and written as CSV. Bokeh's one door."""
 
 import csv
 import io
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from src.config.problems import shortened
-from src.reporting.figures import Figure, Series
+from src.figures import FEW_POINTS, LONGEST_TICK, Figure, styled, write_png
 from src.util import storable, write_atomically
 
-COLOURS = ("#4c84d4", "#d9683c", "#3f9c5a", "#a06cd0", "#b8930b", "#1a9aa8", "#cf5c92", "#8a7a5c", "#7488a0", "#c2484a")
-"""Of series, in turn; each can be seen on white and on black."""
-DASHES = ("solid", "dashed", "dotted")
-FEW_POINTS = 80  # up to which each point has a mark
-LONGEST_TICK = 24  # characters
 HEIGHT = 300  # pixels
-
-
-def styled(figure: Figure) -> Iterator[tuple[Series, str, str]]:
-    """Yield the series of a figure, each with its colour and its dashes; intervals have those of the series before."""
-    number = -1
-    for series in figure.series:
-        number += series.kind != "intervals"
-        turn, place = divmod(max(0, number), len(COLOURS))
-        yield series, COLOURS[place], DASHES[min(turn + (series.kind == "dashes"), len(DASHES) - 1)]
 
 
 def bokeh_script() -> str:
@@ -42,7 +28,7 @@ def bokeh_item(figure: Figure, target: str) -> dict[str, Any]:
     import numpy as np
     from bokeh.core.types import ID
     from bokeh.embed import json_item
-    from bokeh.models import BasicTickFormatter, ColumnDataSource, FixedTicker, HoverTool
+    from bokeh.models import BasicTickFormatter, ColumnDataSource, FixedTicker, HoverTool, Range1d
     from bokeh.plotting import figure as new_figure
 
     plot = new_figure(
@@ -52,6 +38,7 @@ def bokeh_item(figure: Figure, target: str) -> dict[str, Any]:
         active_drag=None,  # a finger on a figure scrolls the page
         active_scroll=None,
         x_axis_type="log" if figure.has_log_x else "linear",
+        y_axis_type="log" if figure.has_log_y else "linear",
         x_axis_label=_plain(figure.x_label),
         y_axis_label=_plain(figure.y_label),
         background_fill_color=None,
@@ -60,6 +47,8 @@ def bokeh_item(figure: Figure, target: str) -> dict[str, Any]:
         min_border_right=12,
     )
     plot.toolbar.logo = None
+    if figure.y_range is not None:
+        plot.y_range = Range1d(start=figure.y_range[0], end=figure.y_range[1])
     for series, colour, dash in styled(figure):
         if series.kind == "intervals":
             ends = [[list(pair) for pair in zip(of[::2], of[1::2], strict=True)] for of in (series.x, series.y)]
@@ -106,36 +95,4 @@ def write_files(figure: Figure, file: Path) -> None:
         x = [ticks.get(round(place), place) for place in series.x] if ticks else series.x
         writer.writerows(zip(itertools.repeat(series.name), x, series.y))
     write_atomically(file.with_name(f"{file.name}.csv"), storable(text.getvalue()))
-    _write_png(figure, file.with_name(f"{file.name}.png"))
-
-
-def _write_png(figure: Figure, file: Path) -> None:
-    from src.sweep.leaderboard import picture
-
-    with picture(file, 4) as axes:
-        handles = []
-        for series, colour, dash in styled(figure):
-            if series.kind == "intervals":
-                handles.append(axes.vlines(series.x[::2], series.y[::2], series.y[1::2], color=colour))
-                continue
-            has_marks = series.kind == "points" or (figure.is_joined and len(series.x) <= FEW_POINTS)
-            style = "none" if series.kind == "points" else dash
-            (line,) = axes.plot(
-                series.x, series.y, color=colour, linestyle=style, marker="o" if has_marks else "", markersize=4
-            )
-            handles.append(line)
-        if figure.has_log_x:
-            axes.set_xscale("log")
-        elif figure.x_label == "step":
-            axes.xaxis.get_major_locator().set_params(integer=True)
-        if figure.x_ticks is not None:
-            labels = [shortened(text, LONGEST_TICK) for text in figure.x_ticks.values()]
-            axes.set_xticks(list(figure.x_ticks), labels, parse_math=False, fontsize="small")
-        axes.set_xlabel(figure.x_label, parse_math=False)
-        axes.set_ylabel(figure.y_label, parse_math=False)
-        axes.set_title(figure.title, parse_math=False, fontsize="medium", loc="left")
-        if len(handles) > 1:
-            names = [shortened(series.name, 40) for series in figure.series]
-            legend = axes.legend(handles, names, frameon=False, fontsize="x-small")
-            for text in legend.get_texts():
-                text.set_parse_math(False)
+    write_png(figure, file.with_name(f"{file.name}.png"))

@@ -1,42 +1,14 @@
-"""What a figure shows, apart from how it is drawn: its series, thinned so that every extreme stays."""
+"""Series of a figure out of lines of metrics, thinned so that every extreme stays."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from src.figures import Kind, Series
 from src.reporting.runs import is_number
 
 MOST_POINTS = 2000
 """Points of a series: more than a screen has columns."""
 MOST_SERIES = 30  # of a figure; more can't be told apart
-Kind = Literal["line", "points", "dashes", "intervals"]
-"""Of intervals each two points in turn are the ends of one."""
-
-
-@dataclass(frozen=True)
-class Series:
-    """Points in the order in which they are joined."""
-
-    name: str
-    x: Sequence[float]
-    y: Sequence[float]
-    kind: Kind = "line"
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A figure: from it the page, the CSV and the PNG are made; `key` is the name of its files."""
-
-    key: str
-    title: str
-    x_label: str
-    y_label: str
-    series: Sequence[Series]
-    note: str = ""
-    x_ticks: Mapping[float, str] | None = None  # texts in place of numbers
-    has_log_x: bool = False
-    is_joined: bool = True
-    """Whether a series of few points has a mark at each."""
 
 
 def series_of(

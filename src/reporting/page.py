@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from src.errors import visible
-from src.reporting.drawing import bokeh_item, bokeh_script, page_json, styled, write_files
-from src.reporting.figures import Figure
+from src.figures import Figure, styled
+from src.reporting.drawing import bokeh_item, bokeh_script, page_json, write_files
 from src.terminal import shortened
 from src.tracking.console import Console
 from src.tracking.lock import held_beside

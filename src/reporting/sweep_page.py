@@ -8,21 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import DamagedFileError
+from src.figures import Figure, Series, is_logarithmic
 from src.reporting.curves import file_name
-from src.reporting.figures import MOST_SERIES, Figure, Series, series_of
+from src.reporting.figures import MOST_SERIES, series_of
 from src.reporting.page import Block, Figures, Page, Section, Table, Text
 from src.reporting.run_page import number
 from src.sweep.folder import TRIAL_STATES, SweepFolder, TrialStatus
-from src.sweep.importance import importances, is_logarithmic
-from src.sweep.leaderboard import cells
-from src.sweep.ranking import Row, conclusion
+from src.sweep.importance import importances
+from src.sweep.leaderboard import NOTE, columns_of, settings_figure
 from src.sweep.standings import Standings, read_standings
 from src.sweep.trial import REPLICATED, Trial, short
 from src.tracking.step_logs import METRICS, read_step_log
 from src.util import plural
-
-MOST_SETTINGS = 60  # in the figure of the ranking
-MOST_NAMED = 6  # settings that have their names in it; of more the numbers of their trials
 
 
 @dataclass
@@ -57,11 +54,11 @@ class Sweep:
 def sweep_page(folder: Path) -> Page:
     """Return the page of a sweep's folder; DamagedFileError or SweepError where it can't be read."""
     sweep = Sweep(SweepFolder(folder), read_standings(folder))
-    content = sweep.standings.content
+    content = sweep.folder.read()
     counts = Counter(status.state for status in sweep.statuses.values())
     about = ", ".join(f"{counts[state]} {state.lower()}" for state in TRIAL_STATES if counts[state])
     sections = [
-        Section("Ranking", list(_ranking(sweep, sweep.standings.rows))),
+        Section("Ranking", list(_ranking(sweep.standings))),
         Section("Hyperparameters", [*_figures([*_against_metric(sweep), *_parallel(sweep)]), *_importance(sweep)]),
         Section("Trials over steps", _figures(list(_curves(sweep)))),
         Section("Pruned", list(_pruned(sweep))),
@@ -80,30 +77,14 @@ def _values(trial: Trial) -> dict[str, str]:
     return {text.partition("=")[0]: text.partition("=")[2] for text in trial.overrides}
 
 
-def _ranking(sweep: Sweep, rows: Sequence[Row]) -> Iterator[Block]:
-    yield Text(conclusion(rows, sweep.metric, sweep.standings.direction))
-    shown = [[*map(short, cells(row)), " ".join(map(str, row.trials))] for row in rows]
+def _ranking(standings: Standings) -> Iterator[Block]:
+    rows, columns = standings.rows, columns_of(standings.rows)
+    yield Text(standings.conclusion)
+    shown = [[*(short(column.cell(row)) for column in columns), " ".join(map(str, row.trials))] for row in rows]
     first = frozenset(place for place, row in enumerate(rows) if row.rank == 1)
-    headings = ["rank", "setting", "mean, 95 % interval", "n", "difference", "verdict", "trials"]
-    yield Table(headings, shown, f"{sweep.metric}, {sweep.standings.direction}d", first)
-    yield from _figures(list(_settings(sweep, rows)))
-
-
-def _settings(sweep: Sweep, rows: Sequence[Row]) -> Iterator[Figure]:
-    """Yield a figure of the settings' means with their intervals, the best first."""
-    shown = [row for row in rows if row.mean is not None][:MOST_SETTINGS]
-    values = [(place, value) for place, row in enumerate(shown, 1) for value in row.values.values()]
-    ends = [(place, end) for place, row in enumerate(shown, 1) for end in (row.low, row.high) if end is not None]
-    means = [(place, row.mean or 0.0) for place, row in enumerate(shown, 1)]
-    series = [_pairs("mean", means, "points"), _pairs("95 % interval", ends, "intervals")]
-    series.append(_pairs("replicates", values, "points"))
-    if len(shown) > 1:
-        has_room = len(shown) <= MOST_NAMED
-        names = [short(row.name) if has_room else " ".join(map(str, row.trials)) for row in shown]
-        ticks = {float(place): name for place, name in enumerate(names, 1)}
-        label = "setting" if has_room else "trials of the setting"
-        kept = [one for one in series if one.x]
-        yield Figure("settings", "Settings, the best first", label, sweep.metric, kept, x_ticks=ticks)
+    yield Table([*(column.heading for column in columns), "trials"], shown, f"{standings.title}. {NOTE}", first)
+    if sum(row.mean is not None for row in rows) > 1:
+        yield Figures([settings_figure(rows, standings.metric)])
 
 
 def _pairs(name: str, pairs: Sequence[tuple[float, float]], kind: Any) -> Series:

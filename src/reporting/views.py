@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from src.reporting.figures import Figure, Series
+from src.figures import Figure, Series
 from src.reporting.page import Block, Figures, Table
 from src.reporting.runs import is_number
-from src.sweep.ranking import p_text
+from src.significance import p_text
 
 VIEWS = ("gold", "own", "shuffled", "none")
 """The views of a row in the order of the figures."""

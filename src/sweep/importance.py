@@ -7,13 +7,10 @@ Optuna has it.
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
+from src.figures import is_logarithmic
 
-FEWEST = 4
-"""Trials with a value below which nothing is said."""
+FEWEST = 4  # trials with a value below which nothing is said
 Value = float | str
 
 
@@ -27,10 +24,16 @@ def importances(trials: Sequence[tuple[Mapping[str, Value], float]]) -> dict[str
     if len(trials) < FEWEST or len(keys) < 2 or len({value for _, value in trials}) == 1:
         return {}
     import optuna
+    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    known = {key: [values[key] for values, _ in trials] for key in keys}
-    spaces = {key: _space(values) for key, values in known.items()}
+    spaces: dict[str, BaseDistribution] = {}
+    for key in keys:
+        known = [values[key] for values, _ in trials]
+        if numbers := [value for value in known if isinstance(value, float)]:
+            spaces[key] = FloatDistribution(min(numbers), max(numbers), log=is_logarithmic(numbers))
+        if len(numbers) < len(known):
+            spaces[key] = CategoricalDistribution(sorted(map(str, set(known))))
     study = optuna.create_study()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of values that its distributions find odd
@@ -40,17 +43,3 @@ def importances(trials: Sequence[tuple[Mapping[str, Value], float]]) -> dict[str
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
         found = optuna.importance.get_param_importances(study, evaluator=evaluator)
     return {key: float(share) for key, share in found.items() if math.isfinite(share)}
-
-
-def _space(values: Sequence[Value]) -> "BaseDistribution":
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
-
-    numbers = [value for value in values if isinstance(value, float)]
-    if len(numbers) < len(values):
-        return CategoricalDistribution(sorted({str(value) for value in values}))
-    return FloatDistribution(min(numbers), max(numbers), log=is_logarithmic(numbers))
-
-
-def is_logarithmic(values: Sequence[float]) -> bool:
-    """Return whether positive numbers span so much that their logarithms are what is compared."""
-    return bool(values) and min(values) > 0 and max(values) > 50 * min(values)

@@ -1,10 +1,10 @@
 """What a sweep says in the terminal: a live table while it runs, a line an event elsewhere, and the results."""
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from src.errors import visible
 from src.sweep.folder import TrialStatus
@@ -74,12 +74,9 @@ class ProgressTable:
             self.say(summary)
 
     def _table(self, entries: Sequence[TableRow], summary: str) -> "Table":
-        from rich import box
-        from rich.table import Table
+        from src.tracking.cells import Cell, new_table
 
-        from src.sweep.cells import Cell
-
-        table = Table(box=box.SIMPLE, title=Cell(f"{self._name}   {summary}"), title_justify="left", pad_edge=False)
+        table = new_table(f"{self._name}   {summary}")
         for heading in ("trial", "overrides", "state", "step", self._metric, "left"):
             is_text = heading in ("overrides", "state")
             table.add_column(Cell(heading), justify="left" if is_text else "right", overflow="fold")
@@ -93,10 +90,10 @@ class ProgressTable:
             table.add_row("…", f"and {hidden} more")
         return table
 
-    def show_results(self, table: Any) -> None:
-        """Print a table of results in place of the one of progress."""
+    def show_results(self, table: Callable[[int], "Table"]) -> None:
+        """Print a table of results, made for the terminal's width, in place of the one of progress."""
         self.close()
-        self._terminal.print(table)
+        self._terminal.print(table(self._terminal.width))
 
 
 def _chosen(entries: Sequence[TableRow], most: int) -> tuple[list[TableRow], int]:

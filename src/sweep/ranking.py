@@ -5,18 +5,21 @@ be distinguished from it shares the first rank. What only one seed says is never
 """
 
 import math
+import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import mean
 from typing import Literal
 
 from src.metrics import LOSSES
-from src.sweep.significance import SIGNIFICANCE, Comparison, Replicate, compare, half_width, holm
+from src.significance import MOST_SEEDS, SIGNIFICANCE, Replicate, compare, half_width, holm, seeds_to_tell
 from src.util import in_words, plural
 
 Direction = Literal["minimize", "maximize"]
-EXTREME: Mapping[Direction, str] = {"minimize": "lowest", "maximize": "highest"}
+SECONDS, MEMORY = "perf/elapsed_seconds", "peak_memory_bytes"  # what a run cost, by summary.json
+FEWEST_SEEDS = 3  # that a first comparison takes
+MOST_NAMED = 3  # settings in a sentence
 FATES = {"FAILED": "failed", "FINISHED": "failed", "PRUNED": "pruned"}  # of replicates without a value, by their state
 
 
@@ -26,7 +29,8 @@ class Result:
 
     `setting` is the hash of the configuration without seed and fold, `label` its overrides in words (`tokens=tow`; ""
     where only seeds vary), `group` the model where models are compared, else "". `state` is one of status.json, or
-    WAITING. A `value` counts where it is finite and the trial is FINISHED; FINISHED without one is failed.
+    WAITING. A `value` counts where it is finite and the trial is FINISHED; FINISHED without one is failed. `measures`
+    are other values of its summary.
     """
 
     trial: int
@@ -36,6 +40,7 @@ class Result:
     replicate: Replicate
     state: str
     value: float | None
+    measures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,9 @@ class Row:
     `failed`, `pruned` and `unfinished` count replicates without a value, by what became of the last trial of each.
     `difference` is this row's minus the reference's, in the metric's own unit, over the `num_pairs` replicates that
     both have (0: over all of each); its interval is for this comparison alone, while `p_value` is corrected for all of
-    them. None: not computable. `rank` is None, and all else empty, where there is no value.
+    them. None: not computable. `rank` is None, and all else empty, where there is no value. `more_seeds` is how many
+    seeds more would tell a tied row from the reference; None where no number that is worth running would.
+    `measures` are means over its trials, of memory the most.
     """
 
     setting: str
@@ -66,9 +73,11 @@ class Row:
     difference_high: float | None = None
     p_value: float | None = None
     num_pairs: int = 0
+    deviation: float | None = None
     is_reference: bool = False
     is_tied: bool = False
-    verdict: str = ""
+    more_seeds: int | None = None
+    measures: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def n(self) -> int:
@@ -80,6 +89,26 @@ class Row:
         """What to call it in a text."""
         group = self.group if self.group not in self.label else ""
         return ", ".join(part for part in (group, self.label) if part) or f"setting {self.setting[:8]}"
+
+    @property
+    def lacks(self) -> str:
+        """Return how many replicates have no value, by why."""
+        counts = {"failed": self.failed, "pruned": self.pruned, "unfinished": self.unfinished}
+        return ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+
+    @property
+    def seeds_compared(self) -> int:
+        """How many seeds its comparison with the reference rests on."""
+        return math.ceil(self.num_pairs / len(folds_of([self]))) or len(seeds_of([self]))
+
+    @property
+    def is_first(self) -> bool:
+        return self.is_tied or self.is_reference
+
+    @property
+    def is_unequal(self) -> bool:
+        """Whether it is better than the reference, but not on equal terms: what was pruned or failed flatters it."""
+        return self.is_tied and self.p_value is not None and self.p_value < SIGNIFICANCE
 
 
 def rank(results: Iterable[Result], *, direction: Direction, num_folds: int | None = None) -> list[Row]:
@@ -95,7 +124,10 @@ def rank(results: Iterable[Result], *, direction: Direction, num_folds: int | No
         settings.setdefault(result.setting, []).append(result)
     sign = 1 if direction == "minimize" else -1
     rows = [_tally(trials, sign, num_folds) for trials in settings.values()]
-    return _ranked([row for row in rows if row.values], sign, num_folds) + _unranked(rows)
+    rest = [row for row in rows if not row.values]
+    rest.sort(key=lambda row: (row.pruned == 0, row.unfinished == 0, row.trials))  # pruned ones were looked at
+    ranked = [row for row in rows if row.values]
+    return [*(_ranked(ranked, sign, num_folds) if ranked else ()), *rest]
 
 
 def _tally(trials: Sequence[Result], sign: int, num_folds: int | None) -> Row:
@@ -111,6 +143,8 @@ def _tally(trials: Sequence[Result], sign: int, num_folds: int | None) -> Row:
     lacking = {trial.replicate: trial.state for trial in trials if trial.replicate not in found}
     fates = Counter(FATES.get(state, "unfinished") for state in lacking.values())
     middle, half = mean(values.values()) if values else None, half_width(values, num_folds)
+    measured = [trial.measures for trial in trials if trial.trial in numbers]
+    shared = [name for name in (measured[0] if measured else ()) if all(name in one for one in measured)]
     return Row(
         setting=trials[0].setting,
         label=trials[0].label,
@@ -124,36 +158,37 @@ def _tally(trials: Sequence[Result], sign: int, num_folds: int | None) -> Row:
         mean=middle,
         low=None if middle is None or half is None else middle - half,
         high=None if middle is None or half is None else middle + half,
+        measures={name: (max if name == MEMORY else mean)([one[name] for one in measured]) for name in shared},
     )
 
 
-def _ranked(rows: Sequence[Row], sign: int, num_folds: int | None) -> list[Row]:
-    if not rows:
-        return []
-    reference = _reference(rows, sign)
-    others = [row for row in rows if row is not reference]
-    comparisons = [compare(row.values, reference.values, num_folds) for row in others]
-    adjusted = iter(holm([each.p_value for each in comparisons if each.p_value is not None]))
-    comparisons = [each if each.p_value is None else replace(each, p_value=next(adjusted)) for each in comparisons]
-    compared = [_compared(row, each, sign) for row, each in zip(others, comparisons, strict=True)]
-    is_tied = any(row.is_tied for row in compared)
-    everyone = [replace(reference, is_reference=True, is_tied=is_tied), *compared]
-    everyone.sort(key=lambda row: (not _is_first(row), sign * (row.difference or 0)))
-    places = [None if _is_first(row) else row.difference for row in everyone]  # those in one place share a rank
-    ranks = [places.index(place) + 1 for place in places]
-    verdicts = [_verdict(row, everyone, sign) for row in everyone]
-    return [replace(row, rank=r, verdict=v) for row, r, v in zip(everyone, ranks, verdicts, strict=True)]
+def _ranked(rows: Sequence[Row], sign: int, num_folds: int | None) -> Iterator[Row]:
+    """Yield rows with values, compared with the best: those that are tied with it, then the others by difference."""
+    best = _reference(rows, sign)
+    others = [row for row in rows if row is not best]
+    found = [compare(row.values, best.values, num_folds) for row in others]
+    compared = [replace(row, **vars(each)) for row, each in zip(others, found, strict=True)]
+    compared = [
+        replace(row, p_value=p, is_tied=p is None or p >= SIGNIFICANCE or sign * (row.difference or 0) <= 0)
+        for row, p in zip(compared, holm([each.p_value for each in found]), strict=True)
+    ]
+    everyone = [replace(best, is_reference=True, is_tied=any(row.is_tied for row in compared)), *compared]
+    everyone.sort(key=lambda row: (not row.is_first, sign * (row.difference or 0)))
+    level = SIGNIFICANCE / max(1, sum(row.is_tied and row.p_value is not None for row in compared))  # Holm's first step
+    num_folds = num_folds if len(folds_of(rows)) > 1 else None
+    places: dict[float | None, int] = {}  # those in one place share a rank
+    for place, row in enumerate(everyone, 1):
+        rank = places.setdefault(None if row.is_first else row.difference, place)
+        yield replace(row, rank=rank, more_seeds=_more_seeds(row, best, level, num_folds))
 
 
-def _unranked(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows without a value: pruned ones first, which were at least looked at, failed ones last."""
-    lacking = [row for row in rows if not row.values]
-    lacking.sort(key=lambda row: (row.pruned == 0, row.unfinished == 0, row.trials))
-    return [replace(row, verdict=", ".join(word.upper() for word in _lacks(row))) for row in lacking]
-
-
-def _is_first(row: Row) -> bool:
-    return row.is_tied or row.is_reference
+def _more_seeds(row: Row, best: Row, level: float, num_folds: int | None) -> int | None:
+    needed = None
+    if row.n < 2:
+        needed = len(seeds_of([best])) if best.n > 1 else FEWEST_SEEDS
+    elif row.is_tied and row.deviation is not None and not row.is_unequal:
+        needed = seeds_to_tell(row.difference or 0, row.deviation, level=level, num_folds=num_folds)
+    return None if needed is None else max(1, needed - row.seeds_compared)
 
 
 def _reference(rows: Sequence[Row], sign: int) -> Row:
@@ -180,12 +215,6 @@ def _shared_gap(row: Row, best: Row) -> float:
     return mean(row.values[key] - best.values[key] for key in shared)
 
 
-def _compared(row: Row, comparison: Comparison, sign: int) -> Row:
-    p_value = comparison.p_value
-    is_worse = p_value is not None and p_value < SIGNIFICANCE and sign * comparison.difference > 0
-    return replace(row, **vars(comparison), is_tied=not is_worse)
-
-
 def number(value: float, spread: float | None) -> str:
     """Write a number with the digits that matter: two of its spread (half an interval), else four of its own."""
     if spread is None or not 0 < spread < math.inf:
@@ -196,137 +225,70 @@ def number(value: float, spread: float | None) -> str:
     return f"{value:.{min(max(1, places + math.floor(math.log10(abs(value) or spread))), 6)}e}"
 
 
-def p_text(p_value: float) -> str:
-    """Write a p value: `p 0.031`, `p < 0.001`."""
-    return "p < 0.001" if p_value < 0.001 else f"p {p_value:.2g}"
+def seeds_of(rows: Iterable[Row]) -> list[int]:
+    """Return the seeds that have a value, in ascending order."""
+    return sorted({seed for row in rows for seed, _ in row.values})
 
 
-def kind_of_replicates(rows: Iterable[Row]) -> str:
-    """Return what replicates are in these rows: seed, fold, or replicate where both vary."""
-    keys = {key for row in rows for key in row.values}
-    if all(fold is None for _, fold in keys) or len({fold for _, fold in keys}) == 1:
-        return "seed"
-    return "fold" if len({seed for seed, _ in keys}) == 1 else "replicate"
+def folds_of(rows: Iterable[Row]) -> set[int | None]:
+    """Return the folds that have a value; None alone where there are none."""
+    return {fold for row in rows for _, fold in row.values}
 
 
-def _verdict(row: Row, rows: Sequence[Row], sign: int) -> str:
-    reference = next(each for each in rows if each.is_reference)
-    kind, everywhere = kind_of_replicates(rows), len({key for each in rows for key in each.values})
-    notes = [_outcome(row, reference, len(rows), kind, sign)]
-    if row.is_reference and 1 < row.n < everywhere:
-        notes.append(f"has {row.n} of {everywhere} {kind}s")
-    elif row.n > 1 and not row.is_reference and not row.num_pairs:
-        notes.append(f"unpaired: fewer than 2 shared {kind}s")
-    elif 1 < row.num_pairs < max(row.n, reference.n):
-        notes.append(f"on {row.num_pairs} shared {kind}s")
-    return ", ".join([*notes, *(f"{count} {word}" for word, count in _lacks(row).items())])
+def with_spread(middle: float | None, low: float | None, high: float | None, sign: str = "") -> str:
+    """Write a mean or a difference, with half of its interval where it has one: `0.310 ± 0.025`."""
+    if middle is None:
+        return "–"
+    half = None if low is None or high is None else (high - low) / 2
+    text = f"{'+' if sign and middle > 0 else ''}{number(middle, half)}"
+    return text if half is None else f"{text} ± {number(half, half)}"
 
 
-def _outcome(row: Row, reference: Row, num_rows: int, kind: str, sign: int) -> str:
-    if row.n < 2:
-        return f"one {kind}: no test possible"
-    if row.is_reference:
-        single = "nothing to compare with" if num_rows == 1 else "best"
-        return "tie: the reference" if row.is_tied else single
-    if row.p_value is None:
-        return f"the same gap in too few {kind}s: no test possible"
-    if _is_equal(row):
-        return "equal"
-    if not row.is_tied:
-        return f"worse: {p_text(row.p_value)}"
-    if row.p_value < SIGNIFICANCE and sign * (row.difference or 0) < 0:
-        return f"tie: better ({p_text(row.p_value)}), but not on equal terms"
-    return f"tie: {p_text(row.p_value)}"
+def conclusion(rows: Sequence[Row], metric: str, sweep_name: str | None = None) -> str:
+    """Return in a sentence which rows of `rank` are first, and what would tell those apart that are tied.
 
-
-def _is_equal(row: Row) -> bool:
-    return row.difference_low == row.difference_high == 0
-
-
-def _lacks(row: Row) -> dict[str, int]:
-    """Count the replicates without a value, by why they have none."""
-    counts = {"failed": row.failed, "pruned": row.pruned, "unfinished": row.unfinished}
-    return {word: count for word, count in counts.items() if count}
-
-
-def conclusion(rows: Sequence[Row], metric: str, direction: Direction) -> str:
-    """Return in a sentence what the rows of `rank` show, and what it does not hold for."""
+    `sweep_name` is of a sweep that the same command with more seeds adds trials to; None: these settings need another.
+    """
     ranked = [row for row in rows if row.rank is not None]
     if not ranked:
         return f"No trial finished with a value of {metric}: there is nothing to rank."
-    measured = [row for row in ranked if row.n > 1]
-    if not measured:
-        result = _conclusion_of_single_values(ranked, metric, direction)
-    elif len(measured) == 1:
-        name = f"{measured[0].name}: " if measured[0].label or measured[0].group else ""
-        result = f"{name}{metric} has {_measure(measured[0], ranked)}; there is nothing to compare it with."
+    first = [row for row in ranked if row.rank == 1]
+    best = next(row for row in ranked if row.is_reference)
+    if len(first) > 1:
+        who = f"{_names(first)} are tied in {metric}"
     else:
-        result = _conclusion_of_many(measured, ranked, metric, direction)
-    return " ".join([result, *_cautions(rows, ranked, measured, metric)])
+        kind = "fold" if len(folds_of([best])) > 1 and len(seeds_of([best])) == 1 else "seed"
+        measured = f"{with_spread(best.mean, best.low, best.high)}, {plural(best.n, kind)}"
+        who = f"{best.name} {'is first in' if len(ranked) > 1 else 'has'} {metric} ({measured})"
+    is_of_tokens = metric.rpartition("/")[2] in LOSSES and len({row.group for row in ranked}) > 1
+    caution = " Losses per token compare models only where they share a tokenizer." if is_of_tokens else ""
+    return "; ".join(filter(None, [who, _next_step(first, best, seeds_of(ranked), sweep_name)])) + f".{caution}"
 
 
-def _conclusion_of_single_values(ranked: Sequence[Row], metric: str, direction: Direction) -> str:
-    best = next(row for row in ranked if row.is_reference)
-    value, remedy = number(best.mean or 0, None), "no test is possible; run more seeds, e.g. seed=1,2,3"
-    if len(ranked) == 1:
-        return f"One trial ({metric} {value}): {remedy}."
-    return f"One trial per setting: {remedy} ({EXTREME[direction]} {metric}: {value}, {best.name})."
+def _next_step(first: Sequence[Row], best: Row, seeds: list[int], sweep_name: str | None) -> str:
+    """Return what to run to tell the first rows apart, or why nothing would."""
+    if wanting := [row for row in first if row.more_seeds]:
+        total = max(row.seeds_compared + (row.more_seeds or 0) for row in wanting)
+        seeds = seeds + [seeds[-1] + more for more in range(1, 1 + total - len(seeds))]
+        others = _names([row for row in wanting if row is not best])
+        gain = f"tell {f'{others} from {best.name}' if len(first) > 2 else 'them apart'}"
+        count = plural(max(row.more_seeds or 0 for row in wanting), "more seed")
+        why = "one seed allows no test" if best.n < 2 else f"{count} would {gain}"
+        which = "the same command" if len(first) <= MOST_NAMED else "the same command for the best of them"
+        means = [f"seed={','.join(map(str, seeds))}"]
+        if sweep_name is None:
+            which = f"run {'the best of them' if len(first) > 1 else 'it'} as a grid"
+        else:
+            means.append(f"sweep.name={shlex.quote(sweep_name)}")
+        return f"{why}: {which} with {' '.join(means)}"
+    if unequal := [row for row in first if row.is_unequal]:
+        return (
+            f"{_names(unequal)} can't be compared with {best.name} on equal terms ({unequal[0].lacks or 'other seeds'})"
+        )
+    return f"they differ too little to matter: {MOST_SEEDS} seeds would not tell them apart" if len(first) > 1 else ""
 
 
-def _conclusion_of_many(measured: Sequence[Row], ranked: Sequence[Row], metric: str, direction: Direction) -> str:
-    best = next(row for row in measured if row.is_reference)
-    tied = [row for row in measured if row.is_tied and row is not best]
-    worse = [row for row in measured if not row.is_tied and row is not best]
-    if not tied:
-        all_others = "all others" if len(measured) == len(ranked) else "all that can be compared"
-        loser = worse[0].name if len(worse) == 1 else all_others
-        return f"{best.name} is better than {loser} in {metric} ({_measure(best, ranked)})."
-    rest = f"; {plural(len(worse), 'other is', 'others are')} worse" if worse else ""
-    if len(tied) == 1:
-        return f"{best.name} and {tied[0].name} {_tie_of_two(tied[0], ranked, metric)}{rest}."
-    choose = min if direction == "minimize" else max
-    is_extreme = best.mean == choose(row.mean or 0 for row in measured)
-    which = EXTREME[direction] if is_extreme else "reference"
-    compared = f"the {which}: {best.name} with {_measure(best, ranked)}"
-    return f"{len(tied) + 1} settings are not significantly different in {metric}{rest} ({compared})."
-
-
-def _tie_of_two(row: Row, ranked: Sequence[Row], metric: str) -> str:
-    if _is_equal(row):
-        return f"are equal in {metric}"
-    if row.p_value is not None and row.p_value < SIGNIFICANCE:
-        return f"can't be compared on equal terms in {metric} (the second: {row.verdict})"
-    if row.difference_low is None:
-        gap, kind = number(row.difference or 0, None), kind_of_replicates(ranked)
-        return f"can't be tested in {metric}: the same difference {gap} in too few {kind}s"
-    pairs = f"{row.num_pairs} pairs" if row.num_pairs else "no pairs"
-    many = f", {p_text(row.p_value or 0)} among {len(ranked)} settings" if len(ranked) > 2 else ""
-    gap = _with_interval(row.difference, row.difference_low, row.difference_high)
-    return f"are not significantly different in {metric}: difference {gap}, {pairs}{many}"
-
-
-def _cautions(rows: Sequence[Row], ranked: Sequence[Row], measured: Sequence[Row], metric: str) -> list[str]:
-    cautions = []
-    single = [row for row in ranked if row.n < 2]
-    if measured and single:
-        names = in_words(row.name for row in single) if len(single) <= 3 else f"{len(single)} settings"
-        have = "has" if len(single) == 1 else "have"
-        cautions.append(f"{names} {have} one {kind_of_replicates(ranked)}: no test is possible.")
-    best = next(row for row in ranked if row.is_reference)
-    if measured and (lacks := _lacks(best)):
-        parts = ", ".join(f"{count} {word}" for word, count in lacks.items())
-        cautions.append(f"{best.name} is not complete: {parts}.")
-    if lacking := len(rows) - len(ranked):
-        cautions.append(f"{plural(lacking, 'setting has', 'settings have')} no value.")
-    if metric.rpartition("/")[2] in LOSSES and len({row.group for row in ranked}) > 1:
-        cautions.append("Losses per token compare models only where they share a tokenizer.")
-    return cautions
-
-
-def _measure(row: Row, rows: Sequence[Row]) -> str:
-    return f"mean {_with_interval(row.mean, row.low, row.high)}, {row.n} {kind_of_replicates(rows)}s"
-
-
-def _with_interval(middle: float | None, low: float | None, high: float | None) -> str:
-    half = None if low is None or high is None else (high - low) / 2
-    return f"{number(middle or 0, half)}, 95 % interval {number(low or 0, half)} to {number(high or 0, half)}"
+def _names(rows: Sequence[Row]) -> str:
+    if len(rows) > MOST_NAMED:
+        return f"{rows[0].name} and {len(rows) - 1} others"
+    return in_words(row.name for row in rows)

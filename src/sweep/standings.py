@@ -1,71 +1,88 @@
 """How the trials of a sweep stand by what its folder says, without running it. No torch here."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from src.config.frozen import SWEEP
-from src.errors import SweepError, report
+from src.errors import DamagedFileError, SweepError, report
+from src.metrics import METRICS, is_detail
 from src.sweep import leaderboard
 from src.sweep.folder import SweepFolder, TrialStatus
-from src.sweep.ranking import Direction, Result, Row, conclusion, rank
+from src.sweep.ranking import MEMORY, SECONDS, Direction, Result, Row, conclusion, rank
 from src.sweep.trial import Trial
+from src.tracking.late_metrics import read_summary
 from src.tracking.lock import hold
 
-
-def result_of(trial: Trial, status: TrialStatus, sweep_name: str) -> Result:
-    """Return a trial as the ranking needs it."""
-    label = trial.setting_label or sweep_name
-    model = next((text.partition("=")[2] for text in trial.overrides if text.startswith("model=")), "")
-    if model:
-        label = " ".join(text for text in label.split(" ") if text != f"model={model}")
-    replicate = (trial.seed, trial.fold)
-    return Result(trial.number, trial.setting, label, model, replicate, status.state, status.value)
-
-
-class FinishedTrials:
-    """The finished trials of a sweep that is named later, if any is: called with its folder, it returns theirs."""
-
-    def __init__(self) -> None:
-        self.sweep: Path | None = None
-        self._settings: list[list[Path]] = []
-
-    def __call__(self, sweep: Path) -> list[Path]:
-        """Return the folders of a sweep's finished trials, by number.
-
-        SweepError where there is no sweep, or none has finished; DamagedFileError as SweepFolder.
-        """
-        self.sweep = sweep
-        standings = read_standings(sweep)
-        ranked = [row for row in standings.rows if row.rank is not None]
-        if not ranked:
-            raise SweepError(f"none of the {len(standings.statuses)} trials in {sweep} has finished")
-        self._settings = [[sweep / str(number) for number in standings.finished(row)] for row in ranked]
-        numbers = sorted(number for row in ranked for number in standings.finished(row))
-        if left := len(standings.statuses) - len(numbers):
-            report(f"warning: {left} of the {len(standings.statuses)} trials in {sweep} are not finished, and left out")
-        return [sweep / str(number) for number in numbers]
-
-    def of_best(self, num_settings: int | None) -> set[Path]:
-        """Return the folders of the trials of the best settings; None: of all."""
-        return {folder for setting in self._settings[:num_settings] for folder in setting}
+MOST_MEASURES = 3  # metrics beside the one that ranks
 
 
 @dataclass(frozen=True)
 class Standings:
     """What a sweep's folder says of its settings and trials."""
 
+    folder: Path
     rows: list[Row]
-    trials: list[Trial]
+    trials: Sequence[Trial]
     statuses: Mapping[int, TrialStatus]
     metric: str
     direction: Direction
-    content: Mapping[str, Any]  # of sweep.json
+    conclusion: str
 
-    def finished(self, row: Row) -> list[int]:
-        """Return the numbers of a setting's finished trials."""
-        return [number for number in row.trials if self.statuses[number].state == "FINISHED"]
+    @property
+    def title(self) -> str:
+        return f"{self.metric}, {self.direction}d"
+
+    def finished(self, num_settings: int | None = None) -> list[Path]:
+        """Return the folders of the finished trials of the best settings; None: of all."""
+        ranked = [row for row in self.rows if row.rank is not None][:num_settings]
+        numbers = (number for row in ranked for number in row.trials if self.statuses[number].state == "FINISHED")
+        return [self.folder / str(number) for number in numbers]
+
+    def write(self) -> None:
+        """Write the leaderboard into the sweep's folder."""
+        leaderboard.write(self.rows, self.folder, self.metric, self.direction, self.conclusion)
+
+
+def rank_trials(
+    folder: Path, trials: Sequence[Trial], statuses: Mapping[int, TrialStatus], name: str, sweep: Mapping[str, Any]
+) -> Standings:
+    """Rank the settings of the trials in a sweep's folder; `sweep` are its own keys."""
+    metric, direction = sweep["metric"], sweep["direction"]
+    results = [_result(trial, statuses[trial.number], name, folder, metric) for trial in trials]
+    has_folds = len({trial.fold for trial in trials}) > 1
+    num_folds = trials[0].config["data"]["num_folds"] if has_folds else None
+    rows = rank(results, direction=direction, num_folds=num_folds)
+    can_add = sweep.get("sampler", "grid") == "grid"  # what a sampler proposed is not tried with other seeds
+    return Standings(
+        folder, rows, trials, statuses, metric, direction, conclusion(rows, metric, name if can_add else None)
+    )
+
+
+def _result(trial: Trial, status: TrialStatus, sweep_name: str, folder: Path, metric: str) -> Result:
+    """Return a trial as the ranking needs it."""
+    label = trial.setting_label or sweep_name
+    model = next((text.partition("=")[2] for text in trial.overrides if text.startswith("model=")), "")
+    if model:
+        label = " ".join(text for text in label.split(" ") if text != f"model={model}")
+    measures = _measures(folder / str(trial.number), metric) if status.value is not None else {}
+    replicate = (trial.seed, trial.fold)
+    return Result(trial.number, trial.setting, label, model, replicate, status.state, status.value, measures)
+
+
+def _measures(run_dir: Path, metric: str) -> dict[str, float]:
+    """Return what a run cost, and other scores of the set that the metric is of, those of generated text first."""
+    try:
+        summary = read_summary(run_dir)
+    except DamagedFileError:  # its status says so
+        return {}
+    of_set, _, ranked = metric.rpartition("/")
+    scores = [name.rpartition("/")[2] for name in summary if of_set and name.rpartition("/")[0] == of_set]
+    shown = [score for score in scores if not is_detail(score) and score not in (ranked, "perplexity")]
+    shown.sort(key=lambda score: score not in METRICS)
+    names = [SECONDS, MEMORY, *(f"{of_set}/{score}" for score in shown[:MOST_MEASURES])]
+    return {name: summary[name] for name in names if name in summary}
 
 
 def read_standings(sweep: Path) -> Standings:
@@ -73,19 +90,33 @@ def read_standings(sweep: Path) -> Standings:
     record = SweepFolder(sweep)
     if not (sweep / SWEEP).exists():
         raise SweepError(f"{sweep} is no sweep's folder: there is no {SWEEP} in it")
-    content = record.read()
-    trials, settings = record.trials(), content["sweep"]
+    content, trials = record.read(), record.trials()
     record.check_places(trials)
     held = {number for number, _ in record.held([trial.number for trial in trials])}
     statuses = {
-        trial.number: record.status(trial.number, settings["metric"], is_running=trial.number in held)
+        trial.number: record.status(trial.number, content["sweep"]["metric"], is_running=trial.number in held)
         for trial in trials
     }
-    results = [result_of(trial, statuses[trial.number], content["name"]) for trial in trials]
-    has_folds = len({trial.fold for trial in trials}) > 1
-    num_folds = trials[0].config["data"]["num_folds"] if has_folds else None
-    rows = rank(results, direction=settings["direction"], num_folds=num_folds)
-    return Standings(rows, trials, statuses, settings["metric"], settings["direction"], content)
+    return rank_trials(sweep, trials, statuses, content["name"], content["sweep"])
+
+
+class FinishedTrials:
+    """The finished trials of a sweep that is named later, if any is: called with its folder, it returns theirs."""
+
+    standings: Standings | None = None
+
+    def __call__(self, sweep: Path) -> list[Path]:
+        """Return the folders of a sweep's finished trials, by number.
+
+        SweepError where there is no sweep, or none has finished; DamagedFileError as SweepFolder.
+        """
+        self.standings = read_standings(sweep)
+        finished, num_trials = self.standings.finished(), len(self.standings.statuses)
+        if not finished:
+            raise SweepError(f"none of the {num_trials} trials in {sweep} has finished")
+        if left := num_trials - len(finished):
+            report(f"warning: {left} of the {num_trials} trials in {sweep} are not finished, and left out")
+        return sorted(finished, key=lambda folder: int(folder.name))
 
 
 def refresh_leaderboard(sweep: Path) -> None:
@@ -94,6 +125,4 @@ def refresh_leaderboard(sweep: Path) -> None:
     RunFolderError says that it is; then it writes them itself when it ends.
     """
     with hold(sweep):
-        found = read_standings(sweep)
-        sentence = conclusion(found.rows, found.metric, found.direction)
-        leaderboard.write(found.rows, sweep, found.metric, found.direction, sentence)
+        read_standings(sweep).write()

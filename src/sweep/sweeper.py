@@ -11,6 +11,7 @@ from src.config.command_line import CommandLine
 from src.config.problems import refuse
 from src.config.schema import Device, EngineName
 from src.errors import Interrupted, RunFolderError, SweepError, TowlineError, is_disk_full, report, visible
+from src.figures import write_png
 from src.runtime.launch import ORPHAN_SECONDS
 from src.runtime.signals import StopRequest
 from src.sweep import leaderboard
@@ -26,8 +27,7 @@ from src.sweep.folder import SweepFolder, TrialStatus
 from src.sweep.mirror import Mirror
 from src.sweep.plan import Plan, plan_sweep
 from src.sweep.progress import ProgressTable, failures, listing
-from src.sweep.ranking import Direction, conclusion, rank
-from src.sweep.standings import result_of
+from src.sweep.standings import rank_trials
 from src.sweep.state import SweepState, early_replicates, units_of
 from src.sweep.study import Study
 from src.sweep.trial import Trial
@@ -262,19 +262,16 @@ def _outcome(controller: SweepController, why: str, stop: StopRequest) -> tuple[
 
 def _report_results(state: SweepState, display: ProgressTable, console: Console) -> None:
     """Rank the settings; write and show the leaderboard."""
-    plan, metric = state.plan, state.plan.config.metric
-    direction: Direction = plan.config.direction.value
-    results = [result_of(trial, state.statuses[trial.number], plan.name) for trial in state.trials.values()]
-    num_folds = plan.sample.data.num_folds if "data.fold" in plan.by_key else None
-    rows = rank(results, direction=direction, num_folds=num_folds)
-    sentence = conclusion(rows, metric, direction)
-    leaderboard.write(rows, plan.folder, metric, direction, sentence)
+    plan, trials = state.plan, list(state.trials.values())
+    found = rank_trials(plan.folder, trials, state.statuses, plan.name, plan.settings)
+    found.write()
     if state.history:
-        leaderboard.plot(rows, plan.folder / "plots" / "settings.png", metric, direction)
         values = [point["value"] for point in state.history]
-        leaderboard.plot_history(values, plan.folder / "plots" / "history.png", metric, direction)
-    display.show_results(leaderboard.table(rows, metric, direction))
-    console.say(sentence)
+        history = leaderboard.history_figure(values, found.metric, found.direction)
+        for figure in (leaderboard.settings_figure(found.rows, found.metric), history):
+            write_png(figure, plan.folder / "plots" / f"{figure.key}.png")
+    display.show_results(lambda width: leaderboard.table(found.rows, found.title, width))
+    console.say(found.conclusion)
 
 
 def _close(plan: Plan, controller: SweepController, why: str, console: Console) -> None:

@@ -21,12 +21,12 @@ REMEDY = "Restore it from a copy; or move it away: then it will hold only what i
 
 def late_metrics(run_dir: Path) -> dict[str, float]:
     """Return what was measured of a run after its end; DamagedFileError where its summary can't be read."""
-    return {name: value for name, value in _summary(run_dir).items() if name.startswith(LATE)}
+    return {name: value for name, value in read_summary(run_dir).items() if name.startswith(LATE)}
 
 
 def summary_metrics(run_dir: Path) -> dict[str, float]:
     """Return the numbers of a run's summary that no line of metrics has; DamagedFileError as `late_metrics`."""
-    return {name: value for name, value in _summary(run_dir).items() if is_of_summary(name)}
+    return {name: value for name, value in read_summary(run_dir).items() if is_of_summary(name)}
 
 
 def is_of_summary(name: str) -> bool:
@@ -34,7 +34,8 @@ def is_of_summary(name: str) -> bool:
     return name.startswith((*LATE, "best/")) or "/" not in name
 
 
-def _summary(run_dir: Path) -> dict[str, float]:
+def read_summary(run_dir: Path) -> dict[str, float]:
+    """Return the finite numbers of a run's summary, empty where there is none; DamagedFileError as `late_metrics`."""
     try:
         summary = read_json(run_dir / SUMMARY, remedy=REMEDY)
     except FileNotFoundError:

@@ -1,6 +1,7 @@
-"""Student's t over replicates: intervals of means, comparisons of two settings, correction for many of them."""
+"""Student's t over replicates: intervals of means, comparisons of settings, and how many seeds would tell two apart."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean, stdev
@@ -8,18 +9,24 @@ from statistics import mean, stdev
 Replicate = tuple[int, int | None]  # (seed, fold)
 CONFIDENCE = 0.95
 SIGNIFICANCE = 0.05
+POWER = 0.8
+MOST_SEEDS = 30  # that are worth running: what takes more is a difference of about half of what seeds differ by
 ROUNDING = 1e-12  # share of the largest value: a smaller difference is rounding of floats, not of trials
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A difference of two means, its interval and p value; None where they can't be computed."""
+    """A difference of two means, its interval and p value; None where they can't be computed.
+
+    `deviation` is the standard deviation of what the two differ by in one replicate.
+    """
 
     difference: float
     difference_low: float | None = None
     difference_high: float | None = None
     p_value: float | None = None
     num_pairs: int = 0
+    deviation: float | None = None
 
 
 def compare(ours: Mapping[Replicate, float], theirs: Mapping[Replicate, float], num_folds: int | None) -> Comparison:
@@ -33,8 +40,8 @@ def compare(ours: Mapping[Replicate, float], theirs: Mapping[Replicate, float], 
     rounding = ROUNDING * max(map(abs, (*ours.values(), *theirs.values())))
     if len(shared) > 1:
         gaps = {key: ours[key] - theirs[key] for key in shared}
-        error = _standard_error(gaps, num_folds)
-        return replace(_tested(mean(gaps.values()), error, len(gaps) - 1, len(gaps), rounding), num_pairs=len(gaps))
+        tested = _tested(mean(gaps.values()), _standard_error(gaps, num_folds), len(gaps) - 1, len(gaps), rounding)
+        return replace(tested, num_pairs=len(gaps), deviation=stdev(gaps.values()))
     fewest = min(len(ours), len(theirs))
     if fewest < 2:
         both = [(ours[key], theirs[key]) for key in shared] or [(mean(ours.values()), mean(theirs.values()))]
@@ -43,7 +50,8 @@ def compare(ours: Mapping[Replicate, float], theirs: Mapping[Replicate, float], 
     error = math.hypot(*errors)
     share = (errors[0] / error) ** 2 if error else 0.5
     freedom = 1 / (share**2 / (len(ours) - 1) + (1 - share) ** 2 / (len(theirs) - 1))
-    return _tested(mean(ours.values()) - mean(theirs.values()), error, freedom, fewest, rounding)
+    tested = _tested(mean(ours.values()) - mean(theirs.values()), error, freedom, fewest, rounding)
+    return replace(tested, deviation=math.hypot(stdev(ours.values()), stdev(theirs.values())))
 
 
 def _tested(gap: float, error: float, freedom: float, fewest: int, rounding: float) -> Comparison:
@@ -86,10 +94,43 @@ def variance_factor(replicates: Iterable[Replicate], num_folds: int | None) -> f
     return 1 / len(keys) + (1 / (num_folds - 1) if are_folds and num_folds else 0)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def p_text(p_value: float) -> str:
+    """Write a p value: `0.031`, `< 0.001`."""
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.2g}"
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Correct p values for how many there are, step-down: Holm, Scandinavian Journal of Statistics 6 (1979)."""
     adjusted, highest = list(p_values), 0.0
-    for place, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
-        adjusted[index] = highest
+    known = sorted((p_value, index) for index, p_value in enumerate(p_values) if p_value is not None)
+    for place, (p_value, index) in enumerate(known):
+        adjusted[index] = highest = max(highest, min(1.0, (len(known) - place) * p_value))
     return adjusted
+
+
+def seeds_to_tell(
+    difference: float, deviation: float, *, level: float = SIGNIFICANCE, num_folds: int | None = None
+) -> int | None:
+    """Return how many seeds two settings need to be told apart, in power 0.8 of the cases; None for over MOST_SEEDS.
+
+    It is the least n at which the paired, two-sided t-test at `level` has that power, if `difference` is the true one
+    and `deviation` that of the pairs: T' > t(1 - level / 2; n - 1), where T' is noncentral t with n - 1 degrees of
+    freedom and noncentrality |difference| / (deviation * sqrt(variance_factor)). With folds each seed brings
+    `num_folds` pairs. What a few seeds say of the variance is rough, and so is this number.
+
+    Source: Cohen, "Statistical Power Analysis for the Behavioral Sciences" (1988), chapter 2.
+    """
+    if deviation <= ROUNDING * abs(difference):  # one gap again and again: significant from three on, see `compare`
+        return 3 if difference else None
+
+    def power(seeds: int) -> float:
+        from scipy.special import nctdtr, stdtrit
+
+        pairs = [(seed, fold) for seed in range(seeds) for fold in range(num_folds or 1)]
+        if len(pairs) < 2:
+            return 0.0
+        shift = abs(difference) / (deviation * math.sqrt(variance_factor(pairs, num_folds)))
+        return 1 - float(nctdtr(len(pairs) - 1, shift, stdtrit(len(pairs) - 1, 1 - level / 2)))
+
+    found = 1 + bisect_left(range(1, MOST_SEEDS + 1), POWER, key=power)
+    return found if found <= MOST_SEEDS else None

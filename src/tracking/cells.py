@@ -1,9 +1,11 @@
-"""Text in a table of the terminal: folded between words, or within a long one, but not within a number."""
+"""Tables of the terminal: their text is folded between words, or within a long one, but not within a number."""
 
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.containers import Lines
+from rich.table import Table
 from rich.text import Text
 
 from src import terminal
@@ -24,3 +26,7 @@ class Cell(Text):
         if (justify := options.get("justify")) is not None:
             lines.justify(console, width, justify=justify, overflow=options.get("overflow") or "fold")
         return lines
+
+
+def new_table(title: str) -> Table:
+    return Table(box=box.SIMPLE, title=Cell(title), title_justify="left", pad_edge=False)
