@@ -82,7 +82,8 @@ def _ranking(standings: Standings) -> Iterator[Block]:
     yield Text(standings.conclusion)
     shown = [[*(short(column.cell(row)) for column in columns), " ".join(map(str, row.trials))] for row in rows]
     first = frozenset(place for place, row in enumerate(rows) if row.rank == 1)
-    yield Table([*(column.heading for column in columns), "trials"], shown, f"{standings.title}. {NOTE}", first)
+    yield Table([*(column.heading for column in columns), "trials"], shown, standings.title, first)
+    yield Text(NOTE)
     if sum(row.mean is not None for row in rows) > 1:
         yield Figures([settings_figure(rows, standings.metric)])
 

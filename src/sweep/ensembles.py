@@ -43,12 +43,11 @@ def read_ensembles(sweep: Path) -> list[EnsembleRow]:
             continue
         if record.get("is_finished"):
             members = [member for member in record["members"] if member["is_in"]]
-            names, of_members = (
-                (str(member["name"]) for member in members),
-                (_numbers(one["scores"]) for one in members),
+            names, scores = (
+                tuple(str(one["name"]) for one in members),
+                tuple(_numbers(one["scores"]) for one in members),
             )
-            scores = _numbers(record["scores"])
-            found.append(EnsembleRow(file.parent.name, record["method"], tuple(names), scores, tuple(of_members)))
+            found.append(EnsembleRow(file.parent.name, record["method"], names, _numbers(record["scores"]), scores))
     return found
 
 

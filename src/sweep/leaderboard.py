@@ -195,10 +195,16 @@ def settings_figure(rows: Sequence[Row], metric: str) -> Figure:
     shown = list(enumerate([row for row in rows if row.mean is not None][:MOST_SHOWN], 1))
     ends = [(place, end) for place, row in shown for end in (row.low, row.high) if end is not None]
     values = [(place, value) for place, row in shown for value in row.values.values()]
+    means = [(place, row.mean or 0.0) for place, row in shown]
+    found: dict[str, tuple[Kind, list[tuple[int, float]]]] = {
+        "mean": ("points", means),
+        "95 % interval": ("intervals", ends),
+        "replicates": ("points", values),
+    }
     series = [
-        _series("mean", [(place, row.mean or 0.0) for place, row in shown], "points"),
-        *([_series("95 % interval", ends, "intervals")] if ends else ()),
-        _series("replicates", values, "points"),
+        Series(name, [x for x, _ in pairs], [y for _, y in pairs], kind)
+        for name, (kind, pairs) in found.items()
+        if pairs
     ]
     only = [value for _, value in values] or [0.0]
     low, high, has_log = min(only), max(only), is_logarithmic(only)
@@ -208,7 +214,7 @@ def settings_figure(rows: Sequence[Row], metric: str) -> Figure:
     return Figure(
         "settings",
         f"{metric}: settings, the best first" + (f" {MOST_SHOWN}" if len(shown) == MOST_SHOWN else ""),
-        "place in the table",
+        "setting, by its place in the table",
         metric,
         series,
         note="an interval without an end is wider than the figure" if is_cut else "",
@@ -217,10 +223,6 @@ def settings_figure(rows: Sequence[Row], metric: str) -> Figure:
         y_range=limits if is_cut or has_log else None,
         names=[short(row.name) for _, row in shown],
     )
-
-
-def _series(name: str, pairs: Sequence[tuple[int, float]], kind: Kind) -> Series:
-    return Series(name, [x for x, _ in pairs], [y for _, y in pairs], kind)
 
 
 def history_figure(values: Sequence[float], metric: str, direction: Direction) -> Figure:
