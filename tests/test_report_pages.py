@@ -193,7 +193,8 @@ def sweep(tmp_path: Path, config: dict[str, Any]) -> Path:
         trials.append(trial_of(number, number, overrides, own, setting_of(own)))
         state = {6: "FAILED", 10: "PRUNED", 11: "PRUNED"}.get(number, "FINISHED")
         value = 100 * lr + decay + seed / 1000
-        place = write_run(folder.run_dir(number), own, state, **{LOSS: value})
+        others = {"perf/elapsed_seconds": 60.0, LOSS.replace("loss", "rougeL"): 0.5, "eval/another/rougeL": 1.0}
+        place = write_run(folder.run_dir(number), own, state, **{LOSS: value}, **others)
         write_lines(place / "metrics.jsonl", [{"step": 2, LOSS: 2 * value}, {"step": 4, LOSS: value}])
         if state != "FINISHED":
             status = {"state": state, "step": 4, "cause": f"<b>because</b> of {number}"}
@@ -213,6 +214,8 @@ def test_a_sweep_is_ranked_and_its_failures_and_pruned_trials_have_their_causes(
     assert ranking.rows[0][1] == "optimizer.lr=0.0001 optimizer.weight_decay=0.0"
     assert ranking.rows[0][2].startswith("0.0115 ± 0.0064")
     assert len(ranking.rows) == 6
+    costs = dict(zip(ranking.headings[7:], ranking.rows[0][7:], strict=True))
+    assert costs == {"time": "1:00", "rougeL": "0.5", "trials": "0 1"}
     assert [row[:2] + row[3:4] for row in table(page, "Failed").rows] == [
         ["6", "optimizer.lr=0.001 optimizer.weight_decay=0.1 seed=1", "<b>because</b> of 6"]
     ]

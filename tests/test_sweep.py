@@ -237,7 +237,10 @@ def test_a_grid_runs_ranks_and_is_left_alone_when_it_is_done(swept_and_drawn: Ca
     best, other = board_of(folder)
     assert (best["rank"], best["setting"], best["n"]) == ("1", "optimizer.lr=0.01", "3")
     assert (other["rank"], other["tied"]) == ("2", "false")
-    values = [json.loads((folder / str(n) / "summary.json").read_text())["eval/validation/loss"] for n in (3, 4, 5)]
+    ends = [json.loads((folder / str(n) / "summary.json").read_text()) for n in (3, 4, 5)]
+    values = [end["eval/validation/loss"] for end in ends]
+    for name in ("perf/elapsed_seconds", "eval/validation/thought_loss"):
+        assert float(best[name]) == pytest.approx(sum(end[name] for end in ends) / 3, rel=1e-6)
     assert float(best["mean"]) == pytest.approx(sum(values) / 3, rel=1e-6)
     assert [trial.value for trial in study_of(folder).trials if trial.params["optimizer.lr"] == "0.01"] == values
     assert sum(1 for _ in folder.glob("plots/*.png")) == 2
