@@ -167,6 +167,8 @@ def check(words: list[str]) -> None:
         check_make(arguments)
     elif program == "touch":
         assert Path(arguments[0]).name in (SAVE_FILE, STOP_FILE)
+    elif program == "ray":  # its own command, which starts a node
+        assert arguments[0] == "start"
     else:
         assert program == "python", f"nothing checks {shlex.join(words)}"
         check_script(arguments)

@@ -18,7 +18,7 @@ from src.runtime.signals import StopRequest
 from src.sweep import pruning
 from src.sweep.engines.engine import Engine, TrialJob
 from src.sweep.folder import TrialStatus, last_words, written_ns
-from src.sweep.progress import ProgressTable
+from src.sweep.progress import ProgressTable, ending
 from src.sweep.state import SweepState, early_replicates
 from src.sweep.study import Proposal, Study, Unit
 from src.sweep.trial import Trial, short
@@ -265,7 +265,7 @@ class SweepController:
         if is_disk_full(status.cause):
             self.fault = f"the disk is full: {self.folder.folder}"
         is_again = not self._stop_reason() and self._may_retry(status, code, progress)
-        self._say(trial, f"{_ending(status, self._metric)}{', tried again' if is_again else ''}")
+        self._say(trial, f"{ending(status, self._metric)}{', tried again' if is_again else ''}")
         if status.state == "WAITING":
             return
         if is_again:
@@ -397,11 +397,3 @@ class SweepController:
             self.fault = f"{'the disk is full' if is_disk_full(error) else error}: {self.folder.folder}"
         self._written = time.monotonic()
         self.notify()
-
-
-def _ending(status: TrialStatus, metric: str) -> str:
-    if status.state == "WAITING":
-        return "stopped before it began"
-    if status.state == "FINISHED":
-        return f"finished, {metric} {status.value:.6g}"
-    return f"{status.state.lower()}{f': {status.cause}' if status.cause else ''}"

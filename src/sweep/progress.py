@@ -135,3 +135,12 @@ def failures(failed: Sequence[tuple[Trial, TrialStatus]], console: Console) -> N
         if status.log is not None:
             is_below = status.log.is_relative_to(Path.cwd())
             console.say(f"        {status.log.relative_to(Path.cwd()) if is_below else status.log}")
+
+
+def ending(status: TrialStatus, metric: str) -> str:
+    """Return how a trial ended, in a line."""
+    if status.state == "WAITING":
+        return "stopped before it began"
+    if status.state == "FINISHED":
+        return f"finished, {metric} {status.value:.6g}"
+    return f"{status.state.lower()}{f': {status.cause}' if status.cause else ''}"
