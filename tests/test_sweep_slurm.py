@@ -1,4 +1,4 @@
-"""Sweeps by submitit, a job a trial, on this machine: SLURM itself is not needed."""
+"""Sweeps whose trials run elsewhere: what they share, and by submitit, a job a trial, on this machine."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from src.errors import SweepError
+from src.sweep.engines.engine import TrialJob
+from src.sweep.engines.remote import Order, withdraw
 from src.sweep.sweeper import engine_of
 from src.tracking.lock import holder_of
 from tests.conftest import read_lines
@@ -74,6 +76,27 @@ def test_what_slurm_can_not_do_is_refused_by_name(
     monkeypatch.setenv("PATH", os.path.dirname(sys.executable))
     with pytest.raises(SweepError, match=said):
         engine_of(planned("seed=1,2", "sweep.engine=slurm", *given, f"hydra.sweep.dir={tmp_path}"), int).open()
+
+
+def test_an_engine_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SweepError, match=r"needs Ray, which is not installed: pip install .* '\.\[ray\]'"):
+        engine_of(planned("seed=1,2", "sweep.engine=ray", f"hydra.sweep.dir={tmp_path}"), int)
+
+
+def test_a_job_runs_once_and_only_where_its_folder_is_seen(tmp_path: Path) -> None:
+    order = Order(tmp_path, 3)
+    assert f"does not see {tmp_path}" in str(order.take())
+    job = TrialJob(3, {"seed": 1}, tmp_path / "3")
+    order.write(job)
+    assert order.take() == job
+    Order(tmp_path, 3).write(job)  # it was submitted again
+    assert order.take() == 75
+    order.write(job)
+    (tmp_path / "stop").touch()
+    assert order.take() == 75
+    withdraw(tmp_path)
+    assert "does not see" in str(order.take())
 
 
 def test_where_the_engine_is_is_no_part_of_what_a_sweep_compares() -> None:

@@ -54,7 +54,8 @@ class RayTasks(Remote):
         """Return the CPUs and GPUs that Ray sets aside for a trial, which are on one node."""
         cpus, gpus = ([node["Resources"].get(kind, 0.0) for node in self._nodes()] for kind in ("CPU", "GPU"))
         processes = self._runtime.num_processes
-        wanted = int(os.environ.get("OMP_NUM_THREADS", 0)) or int(sum(cpus)) // (self._n_jobs * processes)
+        given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+        wanted = int(given) if given.isdecimal() else int(sum(cpus)) // (self._n_jobs * processes)
         self._threads = max(1, min(wanted, int(max(cpus)) // processes))
         num_gpus = 0.0 if self._runtime.device is Device.cpu else min(processes, max(gpus))
         return {"num_cpus": min(self._threads * processes, max(cpus)), "num_gpus": num_gpus}
