@@ -65,7 +65,18 @@ def test_memory_and_disk_that_are_not_there_are_told_before(capsys: pytest.Captu
     def refuse(config: Mapping[str, Any], _: Console) -> TrialCost:
         raise ModelError("no such model")
 
-    assert said(capsys, "seed=1,2", forecast=refuse) == "cost unknown: no such model"
+    assert said(capsys, "seed=1,2", forecast=refuse) == "cost unknown, without trial 0: no such model"
+
+    def refuse_some(config: Mapping[str, Any], console: Console) -> TrialCost:
+        return (
+            by_rows(config, console)
+            if config["training"]["per_device_train_batch_size"] == 2
+            else refuse(config, console)
+        )
+
+    text = said(capsys, *GRID, forecast=refuse_some)
+    assert "time at least 1:20 of computing" in text  # of the four that are known
+    assert "without trial 4: no such model" in text
 
 
 def test_a_trial_is_forecast_from_its_own_configuration() -> None:

@@ -23,6 +23,7 @@ from tests.sweeps import LONG, board_of, left_of, pid_of, planned, starts, state
 SUBMITIT = ("sweep.engine=slurm", "sweep.n_jobs=2", "sweep.slurm={cluster: local, time: 10}")
 
 
+@pytest.mark.slow
 def test_jobs_survive_a_kill_a_time_limit_and_their_sweep(
     started: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:

@@ -43,14 +43,17 @@ def show_cost(plan: Plan, to_run: Sequence[Trial], num_trials: int, forecast: Fo
     alike: dict[str, list[Trial]] = {}
     for trial in to_run:
         alike.setdefault(json.dumps(_costly(trial.config), sort_keys=True, default=str), []).append(trial)
-    chosen = list(alike.values())[:MOST_FORECASTS]
-    try:
-        costs = [forecast(trials[0].config, console) for trials in chosen]
-    except TowlineError as error:  # each run says so itself, when it comes to it
-        console.label("cost", f"unknown: {one_line(error)}")
+    chosen, costs, counts, failed = list(alike.values())[:MOST_FORECASTS], list[TrialCost](), list[int](), list[str]()
+    for trials in chosen:
+        try:
+            costs.append(forecast(trials[0].config, console))
+            counts.append(len(trials))
+        except TowlineError as error:  # the run says so itself, when it comes to it
+            failed.append(f"without trial {trials[0].number}: {one_line(error)}")
+    if not costs:
+        console.label("cost", f"unknown, {failed[0]}")
         return
     scale = num_trials / sum(map(len, chosen))
-    counts = [len(trials) for trials in chosen]
     seconds, disk = (
         _total([getattr(cost, name) for cost in costs], counts, scale) for name in ("seconds", "disk_bytes")
     )
@@ -62,7 +65,9 @@ def show_cost(plan: Plan, to_run: Sequence[Trial], num_trials: int, forecast: Fo
     each = f"{plural(jobs, 'trial')} at a time, {plural(processes, 'process', 'processes')} each"
     console.label("memory", "unknown" if memory is None else f"{human_bytes(memory)} for each process; {each}")
     if len(alike) > len(chosen):
-        console.label("", f"by {len(chosen)} of {len(alike)} kinds of trials")
+        failed.append(f"by {len(chosen)} of {len(alike)} kinds of trials")
+    for text in failed:
+        console.label("", text)
     if memory is not None:
         _warn_of_memory(memory, costs[0].device_bytes, jobs, processes, console)
     free = shutil.disk_usage(_existing(plan.folder)).free
