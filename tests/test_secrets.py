@@ -507,7 +507,7 @@ def test_the_planted_secret_is_found_nowhere(tmp_path: Path, monkeypatch: pytest
     predicted = towline(f"run={run}", "generation.max_new_tokens=2", "data.limit=2", main=predict.main)
     assert predicted.returncode == 0, predicted.stderr
     assert PLANTED not in predicted.stdout + predicted.stderr
-    assert codes == [0, 0, 0, 2, 0, 0, 2, 0, 0], codes
+    assert codes == [0, 0, 0, 2, 0, 0, 0, 0, 0], codes
     assert not found_in(tmp_path / "out")
     card = (run / "model" / "README.md").read_text()
     assert not [word for word in ("tracking", str(ROOT), str(tmp_path), "cache_dir") if word in card]
