@@ -18,6 +18,7 @@ LAST_COLUMN = 0.72  # share of the width within which a table's last column must
 
 _PAINT = re.compile(r"\x1b\[[0-9;]*m")
 _NUMBER = re.compile(r"[+±-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:[.:_]\d+)*(?:[eE][+-]?\d+)?%?")
+_LONG_NUMBER = re.compile(r"(?<==)\d*\.\d{6,}(e-?\d+)?(?= |$)")
 _UNIT = r"(?<=\d) (?=(?:[KMGT]i)?B\b)"
 _PLAIN_WORD = re.compile(rf"(?:{_UNIT}|\S)+")
 _CODE = r"[^\s`]*`[^`\n]*`\S*"
@@ -204,6 +205,11 @@ def _widths(text: str) -> list[int]:
     for paint in _PAINT.finditer(text):
         found[paint.start() : paint.end()] = [0] * (paint.end() - paint.start())
     return found
+
+
+def short_numbers(label: str) -> str:
+    """Return a label of KEY=VALUE pairs in which a searched number has four digits."""
+    return _LONG_NUMBER.sub(lambda found: f"{float(found[0]):.4g}", label)
 
 
 def _width(character: str) -> int:

@@ -20,6 +20,7 @@ from src.checkpoint.manifest import problems_of
 from src.cli.exits import guarded_run as guarded
 from src.config.frozen import config_hash, is_finished, read_config, read_status
 from src.config.gate import admit, admit_finished
+from src.config.kept import keep_options, kept_roots
 from src.config.trust import is_signed, signature
 from src.errors import ConfigError, DamagedFileError
 from src.records import Digest, begins_with, read_json, read_lines, read_yaml
@@ -497,7 +498,7 @@ def test_code_of_a_checkpoint_runs_on_this_users_word_only(tmp_path: Path, monke
 def keep(plan: Plan) -> None:
     """Leave a sweep's folder as its first start does."""
     record = SweepFolder(plan.folder)
-    record.keep_conf(plan.line.roots)
+    keep_options(record.conf, plan.line.roots)
     texts = dict.fromkeys(("name", "state", "started", "updated"), "x") | {"id": plan.line.sweep_id}
     mappings: dict[str, Any] = {key: {} for key in ("space", "sweep", "counts")}
     record.write(texts | mappings | {"history": [], "elapsed_seconds": 0, "signatures": plan.signatures})
@@ -660,14 +661,14 @@ def sweep(tmp_path: Path) -> SweepFolder:
 
 
 def test_options_of_a_sweep_that_cannot_be_looked_into_are_not_taken_for_none(sweep: SweepFolder) -> None:
-    assert sweep.conf() == []
+    assert kept_roots(sweep.conf) == []
     (sweep.folder / "conf").symlink_to("nowhere")
     with pytest.raises(DamagedFileError, match="conf is damaged: it can't be looked into: a dangling link"):
-        sweep.conf()
+        kept_roots(sweep.conf)
     (sweep.folder / "conf").unlink()
     (sweep.folder / "conf" / "0").mkdir(parents=True)
     (sweep.folder / "conf" / "notes").mkdir()
-    assert sweep.conf() == [(sweep.folder / "conf" / "0").resolve()]
+    assert kept_roots(sweep.conf) == [(sweep.folder / "conf" / "0").resolve()]
 
 
 def test_a_model_that_may_not_be_read_is_told_by_name(finished: Path, tmp_path: Path) -> None:

@@ -46,8 +46,8 @@ from src.model.adapters import load_adapter
 from src.model.build import build_model
 from src.model.card import model_card
 from src.patterns import Pattern
-from src.sweep import leaderboard
-from src.sweep.ranking import Row
+from src.ranking import leaderboard
+from src.ranking.ranking import Row
 from src.templates import budget, sandbox
 from src.tracking.console import Console
 from tests import chat_templates

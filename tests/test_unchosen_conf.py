@@ -13,12 +13,13 @@ import pytest
 
 from src.config import options
 from src.config.gate import admit
+from src.config.kept import differing, keep_options, kept_roots
 from src.config.options import CONF, DEEPEST, option_files
 from src.config.options import options as options_of
 from src.config.trust import is_signed, signature
 from src.errors import ConfigError
 from src.records import LARGEST_YAML_BYTES, MOST_YAML_VALUES
-from src.sweep.folder import SweepFolder, differing
+from src.sweep.folder import SweepFolder
 from tests.conftest import admitted, towline
 from tests.sweeps import planned
 from tests.test_gate import refusal
@@ -166,8 +167,8 @@ def test_a_sweep_keeps_what_can_be_read(own: Path, tmp_path: Path) -> None:
     command = ("--config-dir", str(own), "data=mine", "seed=1,2", f"hydra.sweep.dir={tmp_path / 'sweep'}")
     plan = planned(*command)
     record = SweepFolder(plan.folder)
-    record.keep_conf(plan.line.roots)
-    kept = record.conf()
+    keep_options(record.conf, plan.line.roots)
+    kept = kept_roots(record.conf)
     assert [root.name for root in kept] == ["0", "1"]
     names = ["data/deep.yaml", "data/mine.yaml", "linked/mine.yaml"]
     assert [str(file.relative_to(kept[1])) for file in option_files(kept[1])] == names
@@ -187,7 +188,7 @@ def test_a_fresh_sweep_runs_beside_them(swept: Callable[..., int], own: Path, fo
     grid = ("--config-dir", str(own), "seed=1", "training.max_train_steps=1")
     assert swept(*grid) == 0
     assert swept(*grid) == 0
-    assert [root.name for root in SweepFolder(folder).conf()] == ["0", "1"]
+    assert [root.name for root in kept_roots(SweepFolder(folder).conf)] == ["0", "1"]
 
 
 def test_kept_folders_are_in_the_order_in_which_they_were_given(tmp_path: Path) -> None:
@@ -196,8 +197,10 @@ def test_kept_folders_are_in_the_order_in_which_they_were_given(tmp_path: Path) 
         root.mkdir()
         (root / f"{root.name}.yaml").write_text("name: x\n")
     record = SweepFolder(tmp_path / "sweep")
-    record.keep_conf(roots)
-    assert [one.name for root in record.conf() for one in root.iterdir()] == [f"{root.name}.yaml" for root in roots]
+    keep_options(record.conf, roots)
+    assert [one.name for root in kept_roots(record.conf) for one in root.iterdir()] == [
+        f"{root.name}.yaml" for root in roots
+    ]
 
 
 def test_hidden_names_are_no_options(own: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from src.figures import Figure, Series
 from src.metrics import is_detail
+from src.ranking.significance import p_text
 from src.reporting.curves import file_name, names_of
 from src.reporting.details import Details, read_details
 from src.reporting.figures import MOST_POINTS, MOST_SERIES, series_of
@@ -16,7 +17,6 @@ from src.reporting.rows import Agreement, agreements
 from src.reporting.run_page import number, shown
 from src.reporting.runs import differing_keys, dotted, is_number, is_same, when
 from src.reporting.views import bits_of, by_view, scores_of
-from src.significance import p_text
 from src.tracking.live import clock
 from src.util import human_bytes, in_words, plural
 

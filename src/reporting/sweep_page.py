@@ -9,15 +9,16 @@ from typing import Any
 
 from src.errors import DamagedFileError
 from src.figures import Figure, Series, is_logarithmic
+from src.ranking.importance import importances
+from src.ranking.leaderboard import NOTE, columns_of, settings_figure
 from src.reporting.curves import file_name
 from src.reporting.figures import MOST_SERIES, series_of
 from src.reporting.page import Block, Figures, Page, Section, Table, Text
 from src.reporting.run_page import number
 from src.sweep.folder import TRIAL_STATES, SweepFolder, TrialStatus
-from src.sweep.importance import importances
-from src.sweep.leaderboard import NOTE, columns_of, settings_figure
 from src.sweep.standings import Standings, read_standings
-from src.sweep.trial import REPLICATED, Trial, short
+from src.sweep.trial import REPLICATED, Trial
+from src.terminal import short_numbers
 from src.tracking.step_logs import METRICS, read_step_log
 from src.util import plural
 
@@ -80,7 +81,7 @@ def _values(trial: Trial) -> dict[str, str]:
 def _ranking(standings: Standings) -> Iterator[Block]:
     rows, columns = standings.rows, columns_of(standings.rows)
     yield Text(standings.conclusion)
-    shown = [[*(short(column.cell(row)) for column in columns), " ".join(map(str, row.trials))] for row in rows]
+    shown = [[*(short_numbers(column.cell(row)) for column in columns), " ".join(map(str, row.trials))] for row in rows]
     first = frozenset(place for place, row in enumerate(rows) if row.rank == 1)
     yield Table([*(column.heading for column in columns), "trials"], shown, standings.title, first)
     yield Text(NOTE)
@@ -199,7 +200,7 @@ def _curves(sweep: Sweep) -> Iterator[Figure]:
 
 def _pruned(sweep: Sweep) -> Iterator[Block]:
     rows = [
-        [str(trial.number), short(trial.label), f"{status.step:,}", number(status.last), status.cause]
+        [str(trial.number), short_numbers(trial.label), f"{status.step:,}", number(status.last), status.cause]
         for trial in sweep.trials
         if (status := sweep.statuses[trial.number]).state == "PRUNED"
     ]
@@ -209,7 +210,7 @@ def _pruned(sweep: Sweep) -> Iterator[Block]:
 
 def _failed(sweep: Sweep) -> Iterator[Block]:
     rows = [
-        [str(trial.number), short(trial.label), f"{status.step:,}", status.cause, str(status.log or "")]
+        [str(trial.number), short_numbers(trial.label), f"{status.step:,}", status.cause, str(status.log or "")]
         for trial in sweep.trials
         if (status := sweep.statuses[trial.number]).state == "FAILED"
     ]
@@ -219,7 +220,7 @@ def _failed(sweep: Sweep) -> Iterator[Block]:
 
 def _all_trials(sweep: Sweep) -> Block:
     rows = [
-        [str(trial.number), status.state, number(_last(sweep, trial)), f"{status.step:,}", short(trial.label)]
+        [str(trial.number), status.state, number(_last(sweep, trial)), f"{status.step:,}", short_numbers(trial.label)]
         for trial in sweep.trials
         for status in [sweep.statuses[trial.number]]
     ]

@@ -21,7 +21,8 @@ from src.sweep.folder import TrialStatus, last_words, written_ns
 from src.sweep.progress import ProgressTable, ending
 from src.sweep.state import SweepState, early_replicates
 from src.sweep.study import Proposal, Study, Unit
-from src.sweep.trial import Trial, short
+from src.sweep.trial import Trial
+from src.terminal import short_numbers
 from src.tracking.run_folder import STATUS, note_end
 from src.tracking.step_logs import METRICS
 
@@ -235,7 +236,7 @@ class SweepController:
         self.engine.start(TrialJob(trial.number, dict(trial.config), run_dir, self._link(trial)))
 
     def _say(self, trial: Trial, text: str) -> None:
-        self._display.say(f"trial {trial.number}  {short(trial.label) or self.plan.name}  {text}")
+        self._display.say(f"trial {trial.number}  {short_numbers(trial.label) or self.plan.name}  {text}")
 
     def _link(self, trial: Trial) -> dict[str, Any] | None:
         """Return when a trial pauses, or that it waits for verdicts; None where it can't end early."""

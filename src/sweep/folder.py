@@ -5,7 +5,6 @@ the options that it was composed of, and each trial's own folder is the truth ab
 """
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,21 +15,17 @@ from typing import Any
 
 from src import records, secrets
 from src.config.frozen import SWEEP, config_hash, read_starts, read_status
-from src.config.options import option_files
 from src.errors import DamagedFileError, SweepError
-from src.metrics import greater_is_better
-from src.records import Digest, damaged, read_bytes, read_json, read_lines
+from src.records import read_bytes, read_lines
 from src.sweep.engines.engine import log_file
 from src.sweep.trial import Trial, check_trial
 from src.tracking.lock import LOCK, holder_of
-from src.tracking.run_folder import SUMMARY
-from src.tracking.step_logs import METRICS, read_step_log
+from src.tracking.objective import foreign_journal, objective, reported
 from src.tracking.sweep_files import holds_another, read_sweep
 from src.util import listed, write_atomically, write_json
 
 REMEDY = "Restore it from a copy; or another sweep.name begins another, force=true removes this one and begins anew."
 MORE_KEYS: Mapping[str, records.Types] = {"id": str, "elapsed_seconds": records.NUMBER}  # read by sweeps only
-MANIFEST = "manifest.json"  # in the folder of kept options: size and checksum of each
 TRIALS, CONF = "trials.jsonl", "conf"
 TRIAL_STATES = ("FINISHED", "FAILED", "PRUNED", "PREEMPTED", "RUNNING", "WAITING")
 
@@ -81,6 +76,11 @@ class SweepFolder:
         if others and not (self.folder / TRIALS).exists():
             held = ", ".join(sorted(others)[:5])
             raise SweepError(f"{self.folder} is no sweep's folder, but holds {held}; choose another sweep.name")
+
+    @property
+    def conf(self) -> Path:
+        """Where the options are kept that the sweep is composed of, see src.config.kept."""
+        return self.folder / CONF
 
     def numbers(self) -> list[int]:
         """Return the numbers of the trials that have a folder."""
@@ -142,48 +142,6 @@ class SweepFolder:
             return f"{error.filename or log} can't be written: {error.strerror}"
         return ""
 
-    def keep_conf(self, roots: Sequence[Path]) -> None:
-        """Keep the options that this sweep is composed of, unless they are those that were kept."""
-        if list(roots) == self.conf():
-            return
-        part = self.folder / f".{CONF}.part"
-        shutil.rmtree(part, ignore_errors=True)
-        digests = {}
-        for number, root in enumerate(roots):
-            (part / str(number)).mkdir(parents=True)
-            for name, content in _contents(root).items():
-                file, kept = part / str(number) / name, _without_secrets(content)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(kept)
-                digests[f"{number}/{name}"] = Digest(kept).as_dict()
-        write_json(part / MANIFEST, {"files": digests})
-        shutil.rmtree(self.folder / CONF, ignore_errors=True)
-        part.rename(self.folder / CONF)
-
-    def check_conf(self) -> None:
-        """Check the kept options by checksums (an earlier version wrote none); DamagedFileError names what differs."""
-        folder = self.folder / CONF
-        remedy = f"Restore it from a copy; or move {folder} away: the same command is then composed of conf/ as it is"
-        try:
-            kept = read_json(folder / MANIFEST, {"files": dict}, remedy=remedy)["files"]
-        except FileNotFoundError:
-            return
-        found = {
-            f"{root.name}/{name}": Digest(content).as_dict()
-            for root in self.conf()
-            for name, content in _contents(root).items()
-        }
-        if others := sorted(name for name in kept.keys() | found.keys() if kept.get(name) != found.get(name)):
-            raise damaged(folder, f"not as it was written: {', '.join(others[:5])}", remedy)
-
-    def conf(self) -> list[Path]:
-        """Return the kept options, one folder a root; DamagedFileError where they can't be looked into."""
-        place = self.folder / CONF
-        try:
-            return [place.resolve() / name for name in sorted(filter(str.isdecimal, records.names_in(place)), key=int)]
-        except ValueError as error:
-            raise damaged(place, f"it can't be looked into: {error}", REMEDY) from error
-
     def clear(self) -> None:
         """Remove everything, what makes the folder a sweep's last: the sweep is done anew."""
         for one in sorted(self.folder.glob("*"), key=lambda one: one.name in (SWEEP, TRIALS)):
@@ -214,22 +172,22 @@ class SweepFolder:
             found = replace(found, state="RUNNING", cause="")
         elif obstacle and not found.is_over:
             return obstructed
-        elif found.is_over and (problem := _foreign_journal(run_dir, status)):
+        elif found.is_over and (problem := foreign_journal(run_dir, status)):
             return replace(found, state="FAILED", cause=problem, is_damaged=True)
         elif found.state == "FINISHED":
-            value, problem, warning = _objective(run_dir, metric, status)
+            value, problem, warning = objective(run_dir, metric, status)
             state = "FAILED" if problem else "FINISHED"
             return replace(found, state=state, value=value, cause=problem, warning=warning)
         elif found.state == "RUNNING":
             found = replace(found, state="FAILED", cause=f"killed at step {found.step}")
         if found.state == "WAITING":
             return found
-        values, elapsed_seconds = _reported(run_dir, metric)
+        values, elapsed_seconds = reported(run_dir, metric)
         return replace(found, last=values[-1] if values else None, elapsed_seconds=elapsed_seconds)
 
     def reports(self, number: int, metric: str) -> list[float]:
         """Return what a trial has reported: its values of the metric at its evaluations."""
-        return _reported(self.run_dir(number), metric)[0]
+        return reported(self.run_dir(number), metric)[0]
 
     def held(self, numbers: Sequence[int]) -> Iterator[tuple[int, str]]:
         """Yield the trials whose folder a living process holds, and which."""
@@ -240,100 +198,6 @@ class SweepFolder:
 
 def _line(trial: Trial) -> str:
     return json.dumps(trial.as_dict(), ensure_ascii=False) + "\n"
-
-
-def _contents(root: Path) -> dict[str, bytes]:
-    """Return what the option files in a folder hold, by their names in it; those that can't be read are left out."""
-    found = {}
-    for file in option_files(root):
-        with suppress(OSError, ValueError):  # it was a warning when the command was checked, or nothing can choose it
-            found[str(file.relative_to(root))] = read_bytes(file, records.LARGEST_YAML_BYTES)
-    return found
-
-
-def _without_secrets(content: bytes) -> bytes:
-    """Mask credentials of URLs in a file's content; they come back as those of a frozen configuration do."""
-    return secrets.without_credentials(content.decode(errors="surrogateescape")).encode(errors="surrogateescape")
-
-
-def differing(kept: Sequence[Path], roots: Sequence[Path]) -> list[str]:
-    """Return the option files of `roots` that are others now than those that were kept, without credentials."""
-    if len(kept) != len(roots):
-        return [str(root) for root in roots]
-    found = []
-    for before, now in (map(_contents, pair) for pair in zip(kept, roots, strict=True)):
-        names = sorted(before.keys() | now.keys())
-        found += [name for name in names if name not in now or before.get(name) != _without_secrets(now[name])]
-    return found
-
-
-def _remedy(run_dir: Path) -> str:
-    return f"Restore it from a copy; or move {run_dir} away: the same command then runs the trial anew"
-
-
-def _foreign_journal(run_dir: Path, status: Mapping[str, Any]) -> str:
-    """Return why a status.json is not the one of the run whose metrics lie next to it; '' where it is."""
-    digest = (status.get("journal") or {}).get(METRICS)
-    try:
-        if digest is None or records.begins_with(read_bytes(run_dir / METRICS, None), digest):
-            return ""
-        reason = "its content does not have the checksum that it was written with (status.json)"
-    except FileNotFoundError:
-        return ""
-    except ValueError as error:
-        reason = str(error)
-    return str(damaged(run_dir / METRICS, reason, _remedy(run_dir)))
-
-
-def _objective(run_dir: Path, metric: str, status: Mapping[str, Any]) -> tuple[float | None, str, str]:
-    """Return a finished run's value of the metric, or why it has none, and a warning.
-
-    Where summary.json is damaged or missing, the value is that of metrics.jsonl, which has the same.
-    """
-    file = run_dir / SUMMARY
-    try:
-        summary = read_json(file)
-        if status.get("summary") not in (None, records.file_digest(file)):
-            raise damaged(file, "it does not have the checksum that it was written with (status.json)", "")
-    except (FileNotFoundError, DamagedFileError) as error:
-        problem = str(error).rstrip(".") if isinstance(error, DamagedFileError) else f"{file} is missing"
-        if (logged := _logged(run_dir, metric, status)) is not None:
-            return logged, "", f"{problem}; its value is that of {run_dir / METRICS}"
-        return None, f"{problem}. {_remedy(run_dir)}", ""
-    value = summary.get(metric)
-    if isinstance(value, int | float) and math.isfinite(value):
-        return float(value), "", ""
-    if metric in summary:
-        return None, f"{metric} is no finite number", ""
-    known = ", ".join(name for name in summary if name.startswith(metric.split("/")[0]))
-    return None, f"it has no value of {metric}{f'; it has {known}' if known else ''}", ""
-
-
-def _logged(run_dir: Path, metric: str, status: Mapping[str, Any]) -> float | None:
-    """Return a finished run's value of a metric by its journal; None where that has none, or is not whole."""
-    try:
-        lines = read_step_log(run_dir, METRICS)
-    except DamagedFileError:
-        return None
-    if (status.get("journal") or {}).get(METRICS) != Digest(b"".join(line.raw for line in lines)).as_dict():
-        return None
-    name = metric.removeprefix("best/")
-    values = [line.content[name] for line in lines if name in line.content]
-    if not values or None in values:
-        return None
-    best = max if greater_is_better(name) else min
-    return float(values[-1] if name == metric else best(values))
-
-
-def _reported(run_dir: Path, metric: str) -> tuple[list[float], float]:
-    """Return a run's values of the metric at its evaluations, and how many seconds it had taken by its last line."""
-    name = metric.removeprefix("best/")
-    try:
-        lines = [line.content for line in read_step_log(run_dir, METRICS)]
-    except DamagedFileError:  # the run itself reports it, when it resumes
-        lines = []
-    values = [float(line[name]) for line in lines if line.get(name) is not None]
-    return values, max((line.get("perf/elapsed_seconds") or 0.0 for line in lines), default=0.0)
 
 
 def written_ns(file: Path) -> int | None:

@@ -10,6 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from src.config.axes import SWEEP_FILE, Axis, axes_of, points, size
 from src.config.command_line import CommandLine
 from src.config.compose import warn_of_broken_options
 from src.config.files import unusable
@@ -17,25 +18,19 @@ from src.config.frozen import code_problems
 from src.config.gate import check_composed, located_problems, sweep_of
 from src.config.hydra_keys import SWEEPER_PARAMS, is_own_sweeper, sweeper_params
 from src.config.job import Job
+from src.config.kept import check_kept, differing, kept_roots
 from src.config.keys import all_keys
 from src.config.points import Assignment, Points
 from src.config.problems import COMMAND_LINE, Problem, refuse
-from src.config.rules.checkpoint import scores_of
-from src.config.schema import Direction, Pruner, Replicate, RunConfig, Sampler, SweepConfig
+from src.config.rules.sweep import sweep_problems
+from src.config.schema import Replicate, RunConfig, Sampler, SweepConfig
 from src.config.trust import signature
-from src.metrics import THOUGHT_LOSSES, greater_is_better
-from src.sweep.folder import SweepFolder, differing
-from src.sweep.space import SWEEP_FILE, Axis, axes_of, points, size
+from src.sweep.folder import SweepFolder
 from src.sweep.trial import REPLICATED, Trial, setting_of, trial_of, with_typed_numbers
 from src.util import in_words, value_at
 
 MOST_WRITTEN = 10**15  # the largest number of points that is written out
 MOST_PROBES = 200  # how many points are checked where there are too many to check all
-KNOWN_METRICS = (
-    *("train/loss", "train/objective", *(f"train/{name}" for name in THOUGHT_LOSSES), "train/grad_norm"),
-    *("train_seconds", "tokens_per_second", "tokens_seen", "peak_memory_bytes", "perf/tokens_per_second"),
-)
-"""Metrics of summary.json besides evaluations that a sweep may compare."""
 LEARNING = (Sampler.tpe, Sampler.gp, Sampler.cmaes)  # propose by what was tried
 NO_REPLICATE = ("++seed=0", "++data.fold=null")  # overrides that make all replicates of a setting compose alike
 
@@ -132,7 +127,7 @@ class Plan:
             composed.problems += code_problems(self.folder, composed.sections, self.line, self.signatures)
         admitted, problems = check_composed(composed, self.line)
         if admitted is not None and admitted.sweep is not None:
-            problems = [*_sweep_problems(admitted.sweep, admitted.config), *self.code_problems(admitted.frozen)]
+            problems = [*sweep_problems(admitted.sweep, admitted.config), *self.code_problems(admitted.frozen)]
             self.admitted = self.admitted or admitted.config
             admitted.frozen = with_typed_numbers(admitted.frozen, admitted.config, self.by_key)
         located = []
@@ -216,8 +211,8 @@ def _kept(plan: Plan) -> list[Path]:
     plan.signatures = content.get("signatures", [])
     if content.get("id") != plan.line.sweep_id:
         return []
-    record.check_conf()
-    return record.conf()
+    check_kept(record.conf)
+    return kept_roots(record.conf)
 
 
 def _open(line: CommandLine) -> tuple[Plan, list[Problem]]:
@@ -306,37 +301,6 @@ def _axis_problems(plan: Plan) -> Iterator[Problem]:
     if plan.config.warm_start is not None and sampler not in LEARNING:
         names = in_words([one.name for one in LEARNING], "or")
         yield Problem("sweep.warm_start", f"only {names} learn from it: sweep.sampler", plan.config.warm_start)
-
-
-def _sweep_problems(sweep: SweepConfig, config: RunConfig) -> Iterator[Problem]:
-    """Yield a metric that no run computes, a direction that would rank the worst first, and runs that can't resume."""
-    if (resume := config.checkpoint.resume) != "auto":
-        more = "" if resume == "never" else "; to begin with weights, init_from"
-        yield Problem("checkpoint.resume", f"a sweep resumes its trials: auto{more}", resume)
-    metric = sweep.metric.removeprefix("best/")
-    kind, _, rest = metric.partition("/")
-    set_name, _, score = rest.rpartition("/")
-    if kind == "eval":
-        scores, test_sets = scores_of(config.data, config.evaluation, config.tokens), list(config.data.test_sets())
-        is_early = sweep.pruner is not Pruner.none
-        sets = [*config.data.validation_names(), *([] if is_early else test_sets)]
-        if score not in scores or set_name not in sets:
-            allowed = ", ".join(f"eval/{name}/{one}" for name in sets for one in scores)
-            reason = f"no evaluation computes this; {'one of ' + allowed if allowed else 'there is no validation set'}"
-            if is_early and set_name in test_sets and score in scores:
-                at_end = "known at the end only, so no run can end early by it"
-                reason = f"{at_end}: sweep.pruner=none, or a validation set's"
-            yield Problem("sweep.metric", reason, sweep.metric)
-            return
-    elif metric not in KNOWN_METRICS and not metric.startswith("tokens/"):
-        allowed = f"a name of summary.json: eval/<set>/<score>, {', '.join(KNOWN_METRICS)}"
-        yield Problem("sweep.metric", f"no run computes this; {allowed}", sweep.metric)
-        return
-    if kind == "eval" or metric == "train/loss":
-        better = Direction.maximize if greater_is_better(metric) else Direction.minimize
-        if sweep.direction is not better:
-            reason = f"{sweep.metric} is better when it is {'higher' if better is Direction.maximize else 'lower'}"
-            yield Problem("sweep.direction", f"{reason}: {better.value}", sweep.direction.value)
 
 
 def _probes(axes: Sequence[Axis]) -> Iterator[tuple[str, ...]]:

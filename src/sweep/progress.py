@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Self
 
 from src.errors import visible
 from src.sweep.folder import TrialStatus
-from src.sweep.trial import Trial, short
-from src.terminal import columns_of, wrapped
+from src.sweep.trial import Trial
+from src.terminal import columns_of, short_numbers, wrapped
 from src.tracking.console import Console
 from src.tracking.live import clock
 
@@ -112,7 +112,7 @@ def _cells(entry: TableRow) -> tuple[str, ...]:
     if status.state == "RUNNING" and status.num_steps and status.step and status.elapsed_seconds:
         left = clock(status.elapsed_seconds / status.step * (status.num_steps - status.step))
     shown = "" if value is None else f"{value:.4g}{' best' if entry.is_best else ''}"
-    return str(entry.trial.number), short(entry.trial.label), status.state.lower(), step, shown, left
+    return str(entry.trial.number), short_numbers(entry.trial.label), status.state.lower(), step, shown, left
 
 
 def listing(

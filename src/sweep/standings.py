@@ -8,9 +8,9 @@ from typing import Any
 from src.config.frozen import SWEEP
 from src.errors import DamagedFileError, SweepError, report
 from src.metrics import METRICS, is_detail
-from src.sweep import leaderboard
+from src.ranking import leaderboard
+from src.ranking.ranking import MEMORY, SECONDS, Direction, Result, Row, conclusion, rank
 from src.sweep.folder import SweepFolder, TrialStatus
-from src.sweep.ranking import MEMORY, SECONDS, Direction, Result, Row, conclusion, rank
 from src.sweep.trial import Trial
 from src.tracking.late_metrics import read_summary
 from src.tracking.lock import hold

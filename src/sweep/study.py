@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from src.config.axes import Axis
 from src.config.schema import Pruner, Sampler, SweepConfig
-from src.sweep.space import Axis
 
 UNIT = "towline.unit"
 OPTUNA_STATES = {"FINISHED": "COMPLETE", "FAILED": "FAIL"}  # others have the same names

@@ -8,13 +8,14 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 from src.config.command_line import CommandLine
+from src.config.kept import keep_options, kept_roots
 from src.config.problems import refuse
 from src.config.schema import Device, EngineName
 from src.errors import Interrupted, RunFolderError, SweepError, TowlineError, is_disk_full, report, visible
 from src.figures import write_png
+from src.ranking import leaderboard
 from src.runtime.launch import ORPHAN_SECONDS
 from src.runtime.signals import StopRequest
-from src.sweep import leaderboard
 from src.sweep.controller import POLL_SECONDS, UNENDED, SweepController
 from src.sweep.cost import Forecast, show_cost
 from src.sweep.engines.engine import Engine, RunTrial
@@ -146,8 +147,8 @@ def _run_trials(plan: Plan, record: SweepFolder, stop: StopRequest, engine: Engi
         kept = [] if plan.is_listed else trials  # those that are listed were composed, and looked at, just now
         if found := [problem for trial in kept for problem in plan.code_problems(trial.config, is_kept=True)]:
             raise refuse(found)
-        record.keep_conf(plan.line.roots)
-        plan.compose_from(record.conf())
+        keep_options(record.conf, plan.line.roots)
+        plan.compose_from(kept_roots(record.conf))
         record.write_trials(trials)
         state = SweepState(plan, record, trials, todo)
         units = list(units_of(state))

@@ -14,7 +14,6 @@ from src.secrets import without_credentials
 from src.terminal import shortened
 from src.tracking.sweep_files import CHECKSUM, check_checksum, identity_of, with_checksum
 
-_LONG_NUMBER = re.compile(r"(?<==)\d*\.\d{6,}(e-?\d+)?(?= |$)")
 _FLOAT = re.compile(r"-?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?")
 LONGEST_PAIR = 40  # characters of a key and its value in a trial's name
 TRIAL_KEYS: Mapping[str, Types] = {
@@ -78,11 +77,6 @@ def check_trial(line: Mapping[str, Any], before: Mapping[str, Any] | None = None
         raise ValueError("its configuration is not the one that its identity is the hash of")
     if line["number"] != (next_number := 0 if before is None else before["number"] + 1):
         raise ValueError(f"it is trial {line['number']}, where {next_number} is the next: a line is missing or moved")
-
-
-def short(label: str) -> str:
-    """Return a label for the terminal: a searched number with four digits."""
-    return _LONG_NUMBER.sub(lambda found: f"{float(found[0]):.4g}", label)
 
 
 def run_name(overrides: Sequence[str]) -> str:

@@ -15,10 +15,10 @@ from src import terminal
 from src.figures import Figure, Kind, Series, is_logarithmic
 from src.markdown import code, inline
 from src.markdown import table as markdown_table
-from src.significance import MOST_SEEDS, p_text
-from src.sweep.ensembles import EnsembleRow, read_ensembles
-from src.sweep.ranking import MEMORY, SECONDS, Direction, Row, number, with_spread
-from src.sweep.trial import short
+from src.ranking.ensembles import EnsembleRow, read_ensembles
+from src.ranking.ranking import MEMORY, SECONDS, Direction, Row, number, with_spread
+from src.ranking.significance import MOST_SEEDS, p_text
+from src.terminal import short_numbers
 from src.tracking.live import clock
 from src.util import human_bytes, write_atomically, write_json
 
@@ -164,7 +164,9 @@ def table(rows: Sequence[Row], title: str, width: int) -> "Table":
     from src.tracking.cells import Cell, new_table
 
     columns = columns_of(rows)
-    widths = [max(map(terminal.width, [one.heading, *(short(one.cell(row)) for row in rows)])) for one in columns]
+    widths = [
+        max(map(terminal.width, [one.heading, *(short_numbers(one.cell(row)) for row in rows)])) for one in columns
+    ]
     widths = [min(most, NARROWEST.get(one.heading, most)) for one, most in zip(columns, widths, strict=True)]
     while len(columns) > NUM_NEEDED and sum(widths) + 3 * len(widths) > width:
         columns.pop(), widths.pop()
@@ -177,7 +179,7 @@ def table(rows: Sequence[Row], title: str, width: int) -> "Table":
             made.add_section()
             made.add_row("", Cell(group, style="bold"))
         for row in members:
-            made.add_row(*(Cell(short(one.cell(row))) for one in columns), style="" if row.rank == 1 else "dim")
+            made.add_row(*(Cell(short_numbers(one.cell(row))) for one in columns), style="" if row.rank == 1 else "dim")
     return made
 
 
@@ -218,10 +220,10 @@ def settings_figure(rows: Sequence[Row], metric: str) -> Figure:
         metric,
         series,
         note="an interval without an end is wider than the figure" if is_cut else "",
-        x_ticks={float(place): short(row.name) for place, row in shown} if len(shown) <= MOST_NAMED else None,
+        x_ticks={float(place): short_numbers(row.name) for place, row in shown} if len(shown) <= MOST_NAMED else None,
         has_log_y=has_log,
         y_range=limits if is_cut or has_log else None,
-        names=[short(row.name) for _, row in shown],
+        names=[short_numbers(row.name) for _, row in shown],
     )
 
 
