@@ -1,10 +1,9 @@
 """What a sweep varies: axes, each with its values or an interval, and the points that they span. No Optuna here."""
 
-import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,11 @@ from src.config.points import Assignment
 from src.config.problems import COMMAND_LINE, Problem
 from src.config.quoting import label
 from src.config.schema import MOST_INT
+from src.util import in_words
 
 SWEEP_FILE = "sweep.params"
+REPLICATED = ("seed", "data.fold")  # keys in which the trials of one setting differ
+MOST_OPTIONS = 100  # values of a key that others depend on
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Axis:
     interval: Interval | None = None
     where: str = ""
     listed: Mapping[str, Any] | None = None  # the values as a file lists them, by KEY=VALUE
+    when: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Values of other axes, as KEY=VALUE by their key, with which it is varied; with others it keeps its default."""
 
     @cached_property
     def values(self) -> tuple[str, ...]:
@@ -70,16 +74,22 @@ class Axis:
             return [Assignment(self.key, self.listed[text])]
         return list(forced(self.override, self.roots, text))
 
+    def is_varied(self, chosen: Collection[str]) -> bool:
+        """Return whether a point has a value of it, given the values of the axes before it, each as KEY=VALUE."""
+        return all(not values.isdisjoint(chosen) for values in self.when.values())
+
     @property
     def key(self) -> str:
         return self.override.key_or_group
 
     @property
     def text(self) -> str:
-        """What is varied, as it is written after KEY=."""
+        """What is varied, as it is written after KEY=, and with what."""
+        written = value_text(self.override)
         if self.listed is not None:
-            return ",".join(text.partition("=")[2] for text in self.listed)
-        return value_text(self.override)
+            written = ",".join(text.partition("=")[2] for text in self.listed)
+        conditions = [" or ".join(sorted(values)) for values in self.when.values()]
+        return f"{written} with {', '.join(conditions)}" if conditions else written
 
     @property
     def ends(self) -> tuple[str, ...]:
@@ -219,13 +229,93 @@ def _unfit(axis: Axis) -> str:
     return "a log scale needs numbers above 0" if interval.is_log and interval.low <= 0 else ""
 
 
+def with_conditions(axes: Sequence[Axis], when: Mapping[str, Any], problems: list[Problem]) -> list[Axis]:
+    """Return axes with the conditions of `sweep.when`, each behind those that it depends on; adds what is wrong."""
+    by_key = {axis.key: axis for axis in axes}
+    found = list(_condition_problems(by_key, when))
+    if found:
+        problems += found
+        return list(axes)
+    for key, conditions in when.items():
+        values = {other: frozenset(label(other, one) for one in _several(given)) for other, given in conditions.items()}
+        by_key[key] = replace(by_key[key], when=values)
+    ordered: list[Axis] = []
+    while left := [axis for key, axis in by_key.items() if axis not in ordered]:
+        placed = {axis.key for axis in ordered}
+        ready = next((axis for axis in left if axis.when.keys() <= placed), None)
+        if ready is None:
+            names = in_words(axis.key for axis in left)
+            problems.append(Problem("sweep.when", f"{names} depend on each other in a circle", has_value=False))
+            return list(axes)
+        ordered.append(ready)
+    never = [axis.key for axis in ordered if not any(axis.is_varied(point) for point in points(_parents(ordered)))]
+    problems += [Problem(f"sweep.when.{key}", "no point meets all of it", when[key]) for key in never]
+    return ordered
+
+
+def _several(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else [given]
+
+
+def _condition_problems(axes: Mapping[str, Axis], when: Mapping[str, Any]) -> Iterator[Problem]:
+    for key, conditions in when.items():
+        where = f"sweep.when.{key}"
+        if key not in axes or key in REPLICATED:
+            varied = in_words(one for one in axes if one not in REPLICATED)
+            yield Problem(where, f"not varied from setting to setting; what is: {varied or 'nothing'}", has_value=False)
+        elif not isinstance(conditions, dict):
+            yield Problem(where, "a mapping from another varied key to a value of it, or a list of values", conditions)
+        for other, given in conditions.items() if key in axes and isinstance(conditions, dict) else ():
+            axis = axes.get(other)
+            if axis is None or other in REPLICATED or other == key:
+                yield Problem(f"{where}.{other}", "not varied, so nothing can depend on it", has_value=False)
+            elif axis.interval or axis.num_values > MOST_OPTIONS:
+                reason = f"only keys of a few listed values, at most {MOST_OPTIONS}, can be depended on"
+                yield Problem(f"{where}.{other}", reason, axis.text)
+            else:
+                known = ", ".join(text.partition("=")[2] for text in axis.values)
+                for one in _several(given):
+                    if label(other, one) not in axis.values:
+                        yield Problem(f"{where}.{other}", f"not one of its values: {known}", one)
+
+
+def _parents(axes: Sequence[Axis]) -> list[Axis]:
+    """Return the axes that others depend on."""
+    keys = {key for axis in axes for key in axis.when}
+    return [axis for axis in axes if axis.key in keys]
+
+
 def size(axes: Sequence[Axis]) -> int | None:
     """Count the points that axes span, without writing them out; None where one is an interval or never ends."""
     if any(axis.interval or axis.num_values == math.inf for axis in axes):
         return None
-    return math.prod(int(axis.num_values) for axis in axes)
+    parents = _parents(axes)
+    others = [axis for axis in axes if axis not in parents]
+    return sum(math.prod(int(axis.num_values) for axis in others if axis.is_varied(one)) for one in points(parents))
 
 
-def points(axes: Sequence[Axis]) -> Iterator[tuple[str, ...]]:
-    """Yield every combination of values, the last axis fastest, as Hydra's own sweeper does."""
-    yield from itertools.product(*(axis.ends for axis in axes))
+def points(axes: Sequence[Axis], chosen: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield every combination of values, the last axis fastest, as Hydra's own sweeper does.
+
+    `chosen` are values of axes before these.
+    """
+    if not axes:
+        yield chosen
+        return
+    for value in [(text,) for text in axes[0].ends] if axes[0].is_varied(chosen) else [()]:
+        yield from points(axes[1:], chosen + value)
+
+
+def probes(axes: Sequence[Axis]) -> Iterator[tuple[str, ...]]:
+    """Yield points in which every value occurs: each axis in turn, the others at their first as far as may be."""
+    seen, parents = set[tuple[str, ...]](), _parents(axes)
+    for axis in axes:
+        base = next(point for point in points(parents) if axis.is_varied(point))
+        for end in axis.ends:
+            point: tuple[str, ...] = ()
+            for one in axes:
+                wanted = next((text for text in (end, *base) if text in one.ends), one.ends[0])
+                point += (wanted,) if one.is_varied(point) else ()
+            if point not in seen:
+                seen.add(point)
+                yield point

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from src.config.axes import REPLICATED
 from src.errors import DamagedFileError
 from src.figures import Figure, Series, is_logarithmic
 from src.ranking.importance import importances
@@ -17,7 +18,7 @@ from src.reporting.page import Block, Figures, Page, Section, Table, Text
 from src.reporting.run_page import number
 from src.sweep.folder import TRIAL_STATES, SweepFolder, TrialStatus
 from src.sweep.standings import Standings, read_standings
-from src.sweep.trial import REPLICATED, Trial
+from src.sweep.trial import Trial
 from src.terminal import short_numbers
 from src.tracking.step_logs import METRICS, read_step_log
 from src.util import plural
@@ -47,6 +48,12 @@ class Sweep:
         """The keys that it varies; seed and fold only where nothing else varies."""
         found = dict.fromkeys(key for trial in self.trials for key in _values(trial))
         return [key for key in found if key not in REPLICATED] or list(found)
+
+    @property
+    def shared_keys(self) -> list[str]:
+        """The keys that all trials with a value have; some are varied only with values of others."""
+        valued = [_values(trial) for trial in self.trials if self.value(trial) is not None]
+        return [key for key in self.keys if all(key in values for values in valued)]
 
     def value(self, trial: Trial) -> float | None:
         return self.statuses[trial.number].value
@@ -129,15 +136,14 @@ def _last(sweep: Sweep, trial: Trial) -> float | None:
 
 def _parallel(sweep: Sweep) -> Iterator[Figure]:
     """Yield parallel coordinates: an axis for each key and one for the metric, a line for each trial with a value."""
-    trials = [
-        trial for trial in sweep.trials if sweep.value(trial) is not None and set(sweep.keys) <= set(_values(trial))
-    ]
-    if len(trials) < 2 or len(sweep.keys) < 2:
+    keys = sweep.shared_keys
+    trials = [trial for trial in sweep.trials if sweep.value(trial) is not None]
+    if len(trials) < 2 or len(keys) < 2:
         return
     better = sorted(trials, key=lambda one: sweep.value(one) or 0.0, reverse=sweep.standings.direction == "maximize")[
         :MOST_SERIES
     ]
-    columns = {key: _scaled([_values(trial)[key] for trial in better]) for key in sweep.keys}
+    columns = {key: _scaled([_values(trial)[key] for trial in better]) for key in keys}
     columns[sweep.metric] = _scaled([repr(sweep.value(trial)) for trial in better])
     axes = [float(place) for place in range(len(columns))]
     series = [
@@ -166,12 +172,12 @@ def _scaled(texts: Sequence[str]) -> tuple[list[float], str]:
 
 def _importance(sweep: Sweep) -> Iterator[Block]:
     """Yield which key explains how much of the metric."""
-    keys = sweep.keys
+    keys = sweep.shared_keys
     numeric = {key for key in keys if _numbers([_values(one)[key] for one in sweep.trials if key in _values(one)])}
     trials = [
-        ({key: float(text) if key in numeric else text for key, text in values.items() if key in keys}, value)
+        ({key: float(text) if key in numeric else text for key, text in _values(trial).items() if key in keys}, value)
         for trial in sweep.trials
-        if (value := sweep.value(trial)) is not None and set(keys) <= set(values := _values(trial))
+        if (value := sweep.value(trial)) is not None
     ]
     if shares := importances(trials):
         rows = [[key, f"{100 * share:.0f} %"] for key, share in shares.items()]

@@ -10,7 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from src.config.axes import SWEEP_FILE, Axis, axes_of, points, size
+from src.config.axes import REPLICATED, SWEEP_FILE, Axis, axes_of, points, probes, size, with_conditions
 from src.config.command_line import CommandLine
 from src.config.compose import warn_of_broken_options
 from src.config.files import unusable
@@ -26,7 +26,7 @@ from src.config.rules.sweep import sweep_problems
 from src.config.schema import Replicate, RunConfig, Sampler, SweepConfig
 from src.config.trust import signature
 from src.sweep.folder import SweepFolder
-from src.sweep.trial import REPLICATED, Trial, setting_of, trial_of, with_typed_numbers
+from src.sweep.trial import Trial, setting_of, trial_of, with_typed_numbers
 from src.util import in_words, value_at
 
 MOST_WRITTEN = 10**15  # the largest number of points that is written out
@@ -174,7 +174,7 @@ def plan_sweep(line: CommandLine, begin: Callable[[Plan], None] = lambda plan: N
     is_proposed = config.sampler is not Sampler.grid and wanted is not None and wanted < (num_settings or math.inf)
     is_listed = not (of_axes or num_settings is None or is_proposed)
     most = wanted if is_listed else (10 if of_axes else MOST_PROBES)
-    for unit, own in enumerate(itertools.islice((points if is_listed else _probes)(plan.axes), most)):
+    for unit, own in enumerate(itertools.islice((points if is_listed else probes)(plan.axes), most)):
         trials, found = plan.unit(own, unit, len(plan.trials))
         plan.trials += trials if is_listed else []
         of_points += found
@@ -188,18 +188,23 @@ def plan_sweep(line: CommandLine, begin: Callable[[Plan], None] = lambda plan: N
     return plan
 
 
-def _at_points(problems: Sequence[Problem], num_points: int, varied: Collection[str]) -> Iterator[Problem]:
+def _at_points(problems: Sequence[Problem], num_points: int, varied: Mapping[str, str]) -> Iterator[Problem]:
     """Name the first point that has a problem, where others have not, and its key does not say which."""
     found: dict[tuple[str, str, str], list[Problem]] = {}
+    points_of_key: dict[str, set[str]] = {}
     for problem in problems:
         found.setdefault((problem.given, problem.reason, problem.where), []).append(problem)
+        points_of_key.setdefault(problem.key, set()).add(problem.point)
     for same in found.values():
         points_of = list(dict.fromkeys(problem.point for problem in same))
-        where = same[0].where
-        if len(points_of) < num_points and same[0].key not in varied:
+        first, group = same[0], same[0].key.partition(".")[0]
+        where, reason = first.where, first.reason
+        if len(points_of) < num_points and first.key not in varied:
             more = f" and {len(points_of) - 1} more" if len(points_of) > 1 else ""
             where = "; ".join(filter(None, [where, f"at {points_of[0]}{more}"]))
-        yield dataclasses.replace(same[0], where=where)
+        if {group, first.key} <= varied.keys() and len(points_of_key[first.key]) < num_points:
+            reason += f"; to vary it with some only: sweep.when={{{first.key}: {{{group}: …}}}}"
+        yield dataclasses.replace(first, where=where, reason=reason)
 
 
 def _kept(plan: Plan) -> list[Path]:
@@ -231,6 +236,9 @@ def _open(line: CommandLine) -> tuple[Plan, list[Problem]]:
         fixed = [one for one in fixed if _key_of(one) not in more]
         alone = dataclasses.replace(line, overrides=[], problems=[])
         axes += axes_of(alone, {SWEEP_FILE: more}, problems)[0]
+    axes = with_conditions(axes, sweep.when or {}, of_conditions := list[Problem]())
+    if of_conditions:  # without them, values are refused where they were not to be
+        raise refuse([*problems, *of_conditions])
     is_averaged = sweep.sampler is not Sampler.grid or sweep.replicate is not Replicate.none
     replicates = [axis for axis in axes if is_averaged and axis.key in REPLICATED]
     of_setting = [axis for axis in axes if axis not in replicates]
@@ -301,15 +309,6 @@ def _axis_problems(plan: Plan) -> Iterator[Problem]:
     if plan.config.warm_start is not None and sampler not in LEARNING:
         names = in_words([one.name for one in LEARNING], "or")
         yield Problem("sweep.warm_start", f"only {names} learn from it: sweep.sampler", plan.config.warm_start)
-
-
-def _probes(axes: Sequence[Axis]) -> Iterator[tuple[str, ...]]:
-    """Yield points in which every value occurs once: each axis in turn, the others at their first."""
-    first = [axis.ends[0] for axis in axes]
-    yield tuple(first)
-    for place, axis in enumerate(axes):
-        for end in axis.ends[1:]:
-            yield (*first[:place], end, *first[place + 1 :])
 
 
 def _distinct(trials: Sequence[Trial]) -> list[Trial]:

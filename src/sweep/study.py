@@ -148,11 +148,13 @@ class Study:
         """
         study, _ = self._optuna()
         study.sampler = _sampler(self._config, number, attempt, study.get_trials(deepcopy=False)[: len(self._earlier)])
-        trial = study.ask({key: distribution(axis) for key, axis in self._axes.items()})
+        trial, chosen = study.ask(), list[str]()
         self._asked = trial._trial_id
-        values = [(axis, trial.params[key]) for key, axis in self._axes.items()]
-        texts = (axis.at(value) if axis.interval else f"{axis.key}={value}" for axis, value in values)
-        return Proposal(tuple(texts), study._storage.get_trial(self._asked).system_attrs)
+        for axis in self._axes.values():
+            if axis.is_varied(chosen):
+                value = trial._suggest(axis.key, distribution(axis))
+                chosen.append(axis.at(value) if axis.interval else f"{axis.key}={value}")
+        return Proposal(tuple(chosen), study._storage.get_trial(self._asked).system_attrs)
 
     def accept(self, unit: Unit) -> None:
         """Note that the last proposal became a unit."""

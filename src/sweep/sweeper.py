@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from typing import Any
 
+from src.config.axes import probes
 from src.config.command_line import CommandLine
 from src.config.kept import keep_options, kept_roots
 from src.config.problems import refuse
@@ -226,7 +227,7 @@ def _dry_run(plan: Plan, record: SweepFolder, console: Console, forecast: Foreca
 
 def _first(plan: Plan) -> list[Trial]:
     """Return a trial as it may be proposed; none where all are known."""
-    return [] if plan.is_listed else plan.unit([axis.ends[0] for axis in plan.axes], 0, 0)[0][:1]
+    return [] if plan.is_listed else plan.unit(next(probes(plan.axes)), 0, 0)[0][:1]
 
 
 def _trials(plan: Plan, record: SweepFolder) -> tuple[list[Trial], list[int]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Self
 
+from src.config.axes import REPLICATED
 from src.config.schema import MOST_INT, RunConfig
 from src.errors import visible
 from src.records import Types, check_keys
@@ -23,7 +24,6 @@ TRIAL_KEYS: Mapping[str, Types] = {
     "fold": (int, NoneType),
     "config": dict,
 }
-REPLICATED = ("seed", "data.fold")  # keys in which the trials of one setting differ
 
 
 @dataclass(frozen=True)

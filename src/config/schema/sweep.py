@@ -30,6 +30,7 @@ class SweepConfig:
 
     name: str = key(NAME)
     params: Any = key(Check("a mapping from a key to its values: a list, or a text as in KEY=TEXT", is_mapping))
+    when: Any = key(Check("a mapping from a varied key to {OTHER_KEY: VALUE or [VALUES]}", is_mapping), None)
     metric: str = MISSING
     direction: Direction = MISSING
     sampler: Sampler = MISSING
