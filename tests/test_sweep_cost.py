@@ -9,8 +9,8 @@ import psutil
 import pytest
 
 from src.errors import ModelError
+from src.inspection.sweep_cost import TrialCost, show_cost
 from src.inspection.trial_cost import forecast_trial
-from src.sweep.cost import TrialCost, show_cost
 from src.tracking.console import Console
 from tests.sweeps import planned
 

@@ -3,7 +3,7 @@
 import io
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,8 @@ from src.runtime.signals import StopRequest, stop_on_signals
 from src.secrets import as_variables, clean
 
 if TYPE_CHECKING:
-    from src.sweep.cost import TrialCost
+    from src.sweep.plan import Plan
+    from src.sweep.trial import Trial
     from src.tracking.console import Console
 
 
@@ -42,11 +43,12 @@ def run_trial(config: dict[str, Any], run_dir: str, link: Mapping[str, Any] | No
         return Interrupted.exit_code
 
 
-def forecast_trial(config: Mapping[str, Any], console: "Console") -> "TrialCost":
-    """Forecast what a trial takes; imports what takes seconds."""
-    from src.inspection import trial_cost
+def show_sweep_cost(plan: "Plan", to_run: Sequence["Trial"], num_trials: int, console: "Console") -> None:
+    """Print what trials that are to run will take; imports what takes seconds."""
+    from src.inspection.sweep_cost import show_cost
+    from src.inspection.trial_cost import forecast_trial
 
-    return trial_cost.forecast_trial(config, console)
+    show_cost(plan, to_run, num_trials, forecast_trial, console)
 
 
 class Task:
@@ -59,7 +61,7 @@ class Task:
             from src.sweep.sweeper import request_sweep
 
             collect_from_here()  # composing leaves many cycles
-            self.sweep = request_sweep(request.line, stop, run_trial, forecast_trial)
+            self.sweep = request_sweep(request.line, stop, run_trial, show_sweep_cost)
 
     def __call__(self, cfg: DictConfig) -> None:
         """Run a point of another sweeper's sweep."""

@@ -10,10 +10,10 @@ from src.config.gate import parse_stored
 from src.data.dataset import build_data
 from src.data.tokenizer import load_tokenizer
 from src.inspection.run_forecast import device_of, forecast_run
+from src.inspection.sweep_cost import TrialCost
 from src.model.build import empty_model
 from src.model.embeddings import resize_and_initialise
 from src.runtime.allocation import resident_bytes
-from src.sweep.cost import TrialCost
 from src.tracking.console import Console
 
 

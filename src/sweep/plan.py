@@ -1,7 +1,6 @@
 """What a sweep will run: every point composed and held against the gate before the first one starts. No torch here."""
 
 import dataclasses
-import importlib.util
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -22,16 +21,14 @@ from src.config.kept import check_kept, differing, kept_roots
 from src.config.keys import all_keys
 from src.config.points import Assignment, Points
 from src.config.problems import COMMAND_LINE, Problem, refuse
-from src.config.rules.sweep import sweep_problems
+from src.config.rules.sweep import axis_problems, count_problems, sweep_problems
 from src.config.schema import Replicate, RunConfig, Sampler, SweepConfig
 from src.config.trust import signature
 from src.sweep.folder import SweepFolder
 from src.sweep.trial import Trial, setting_of, trial_of, with_typed_numbers
-from src.util import in_words, value_at
+from src.util import value_at
 
-MOST_WRITTEN = 10**15  # the largest number of points that is written out
 MOST_PROBES = 200  # how many points are checked where there are too many to check all
-LEARNING = (Sampler.tpe, Sampler.gp, Sampler.cmaes)  # propose by what was tried
 NO_REPLICATE = ("++seed=0", "++data.fold=null")  # overrides that make all replicates of a setting compose alike
 
 
@@ -164,9 +161,11 @@ def plan_sweep(line: CommandLine, begin: Callable[[Plan], None] = lambda plan: N
     if line.value_of("hydra.run.dir") is not None:
         reason = "of a single run; a sweep's folder is multirun/<sweep.name>, or hydra.sweep.dir=DIR"
         problems.append(Problem("hydra.run.dir", reason, has_value=False, where=COMMAND_LINE))
-    if too_many := list(_counted(plan)):
+    if too_many := list(
+        count_problems(plan.config, [*plan.axes, *plan.replicates], is_own_sweeper=plan.is_own_sweeper)
+    ):
         raise refuse([*problems, *too_many])  # before any of them is written out
-    problems += (of_axes := list(_axis_problems(plan)))
+    problems += (of_axes := list(axis_problems(plan.config, plan.axes, plan.replicates)))
     of_points: list[Problem] = []
     num_points = 0
     config, num_settings = plan.config, size(plan.axes)
@@ -268,47 +267,6 @@ def _replicates(
 
 def _key_of(fixed: str | Assignment) -> str:
     return fixed.key if isinstance(fixed, Assignment) else fixed.lstrip("+").partition("=")[0]
-
-
-def _counted(plan: Plan) -> Iterator[Problem]:
-    """Count what the axes span, and yield a grid of more points than sweep.max_points, or an axis of more values."""
-    axes, most = [*plan.axes, *plan.replicates], plan.config.max_points
-    too_long = [axis for axis in axes if axis.num_values > most]
-    for axis in too_long:
-        count = "a range that never ends" if axis.num_values == math.inf else f"{_written(axis.num_values)} values"
-        remedy = "search among them: KEY=interval(LOW,HIGH), sweep=tpe"
-        yield axis.problem(f"{count}, more than sweep.max_points, {most:,}; {remedy}")
-    total = size(axes)
-    is_grid = plan.config.sampler is Sampler.grid or plan.config.n_trials is None or not plan.is_own_sweeper
-    if is_grid and total is not None and total > most and (len(axes) > 1 or not too_long):
-        product = " x ".join(f"{_written(axis.num_values)} of {axis.key}" for axis in axes)
-        remedy = "search among them: sweep=tpe sweep.n_trials=N, or allow more"
-        reason = f"{_written(total)} points ({product}), more than sweep.max_points, {most:,}; {remedy}"
-        yield Problem("-m", reason, has_value=False, where=COMMAND_LINE)
-
-
-def _written(count: float) -> str:
-    """Return a number of values in digits, or one that is too long for that by its size."""
-    return f"{int(count):,}" if count < MOST_WRITTEN else f"about 1e{math.floor(math.log10(count))}"
-
-
-def _axis_problems(plan: Plan) -> Iterator[Problem]:
-    sampler = plan.config.sampler
-    for axis in [*plan.axes, *plan.replicates]:
-        if axis.interval and axis.key in REPLICATED:
-            yield axis.problem("a replicate needs values: A,B,C or range(…)")
-        elif axis.interval and sampler is Sampler.grid:
-            ways = "A,B,C, range(…) or choice(…). Or search: sweep=tpe, sweep=asha"
-            yield axis.problem(f"a search space; a grid takes values: {ways}")
-        elif axis.interval and plan.config.n_trials is None:
-            yield Problem("sweep.n_trials", f"{axis.key} is an interval, so how many are tried?", None)
-    if sampler is not Sampler.grid and not plan.axes:
-        yield Problem("sweep.sampler", "nothing is varied: give KEY=A,B or KEY=interval(LOW,HIGH)", sampler.value)
-    if sampler is Sampler.cmaes and importlib.util.find_spec("cmaes") is None:
-        yield Problem("sweep.sampler", "needs the package cmaes: pip install cmaes", sampler.value)
-    if plan.config.warm_start is not None and sampler not in LEARNING:
-        names = in_words([one.name for one in LEARNING], "or")
-        yield Problem("sweep.warm_start", f"only {names} learn from it: sweep.sampler", plan.config.warm_start)
 
 
 def _distinct(trials: Sequence[Trial]) -> list[Trial]:

@@ -3,7 +3,7 @@
 import dataclasses
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -18,7 +18,6 @@ from src.ranking import leaderboard
 from src.runtime.launch import ORPHAN_SECONDS
 from src.runtime.signals import StopRequest
 from src.sweep.controller import POLL_SECONDS, UNENDED, SweepController
-from src.sweep.cost import Forecast, show_cost
 from src.sweep.engines.engine import Engine, RunTrial
 from src.sweep.engines.launched import Launched, is_own_launcher
 from src.sweep.engines.local import Workers, end_fork_server, modules_of_run, start_fork_server
@@ -39,6 +38,9 @@ from src.tracking.lock import hold
 from src.tracking.tracker import open_sweep_tracking
 from src.util import plural
 
+ShowCost = Callable[[Plan, Sequence[Trial], int, Console], None]
+"""Prints what trials will take: some of them, and how many there will be."""
+
 
 @dataclasses.dataclass
 class SweepRequest:
@@ -48,11 +50,13 @@ class SweepRequest:
     stop: StopRequest
     run_trial: RunTrial
     engine: Engine
-    forecast: Forecast
+    show_cost: ShowCost
     code: int = 0
 
 
-def request_sweep(line: CommandLine, stop: StopRequest, run_trial: RunTrial, forecast: Forecast) -> SweepRequest | None:
+def request_sweep(
+    line: CommandLine, stop: StopRequest, run_trial: RunTrial, show_cost: ShowCost
+) -> SweepRequest | None:
     """Compose and check every point of a command line; ConfigError has all problems of all points.
 
     The fork server begins its imports after the first good point. None where another sweeper of Hydra's will run it.
@@ -68,7 +72,7 @@ def request_sweep(line: CommandLine, stop: StopRequest, run_trial: RunTrial, for
         if_refused.pop_all()
     if not plan.is_own_sweeper:
         return None
-    return SweepRequest(plan, stop, run_trial, engine_of(plan, run_trial), forecast)
+    return SweepRequest(plan, stop, run_trial, engine_of(plan, run_trial), show_cost)
 
 
 def _modules(plan: Plan) -> list[str]:
@@ -94,7 +98,7 @@ def sweep(request: SweepRequest, config: Any, context: Any) -> int:
             if (name := request.plan.config.engine) is not EngineName.local:
                 raise SweepError(f"sweep.engine = {name} runs trials without hydra/launcher: leave one of them out")
             engine = Launched(config, context, request.plan, request.run_trial)
-        request.code = lead(request.plan, request.stop, engine, request.forecast)
+        request.code = lead(request.plan, request.stop, engine, request.show_cost)
     except TowlineError as error:  # Hydra would show where it came from
         report(f"\n{error}")
         request.code = error.exit_code
@@ -107,14 +111,14 @@ def sweep(request: SweepRequest, config: Any, context: Any) -> int:
     return request.code
 
 
-def lead(plan: Plan, stop: StopRequest, engine: Engine, forecast: Forecast | None = None) -> int:
+def lead(plan: Plan, stop: StopRequest, engine: Engine, show_cost: ShowCost | None = None) -> int:
     """Lead a sweep to its end, from the beginning or from where it was stopped; return the exit code.
 
     SweepError or RunFolderError say why the folder can't be used; Interrupted: stopped before it began.
     """
     console, record = Console(), SweepFolder(plan.folder)
     if plan.config.dry_run:
-        return _dry_run(plan, record, console, forecast)
+        return _dry_run(plan, record, console, show_cost)
     _show_space(plan, console)
     if plan.changed_conf:
         console.warn(
@@ -198,7 +202,7 @@ def _warn_of_damage(statuses: Mapping[int, TrialStatus], console: Console) -> No
             console.warn(f"trial {number}: {status.warning}")
 
 
-def _dry_run(plan: Plan, record: SweepFolder, console: Console, forecast: Forecast | None) -> int:
+def _dry_run(plan: Plan, record: SweepFolder, console: Console, show_cost: ShowCost | None) -> int:
     """Show what would run and what it takes, and write nothing of the sweep."""
     trials, todo = _trials(plan, record)
     numbers = [trial.number for trial in trials]
@@ -218,9 +222,9 @@ def _dry_run(plan: Plan, record: SweepFolder, console: Console, forecast: Foreca
         each = f" of {plan.num_replicates} trials" if plan.num_replicates > 1 else ""
         settings = plural(plan.config.n_trials or 0, "setting")
         planned = f"{settings}{each}, proposed by {plan.config.sampler.name} as results come in"
-    if forecast is not None and (left := [trial for trial in trials if trial.number in to_run] or _first(plan)):
+    if show_cost is not None and (left := [trial for trial in trials if trial.number in to_run] or _first(plan)):
         num_left = len(to_run) if plan.is_listed else (plan.config.n_trials or 0) * plan.num_replicates - len(trials)
-        show_cost(plan, left, max(len(to_run), num_left), forecast, console)
+        show_cost(plan, left, max(len(to_run), num_left), console)
     console.say(f"{planned}. Nothing was run or written.")
     return 0
 
