@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from src.config.gate import admit
 from src.data.batching import collate
 from src.data.dataset import build_data
 from src.data.encoding import IGNORE_INDEX, PARTS
@@ -134,6 +135,17 @@ def test_what_is_no_weight_is_named_by_its_place(tmp_path: Path, worth: dict[str
     file = write_lines(tmp_path / "rows.jsonl", [SUMS[0] | {"worth": 2}, SUMS[1] | worth])
     with pytest.raises(DataError, match=rf"rows.jsonl:2  {said}"):
         built(*rows_of(file), "data.weight_column=worth")
+
+
+@pytest.mark.parametrize("key", ["weight_column", "group_column", "dataset_name", "revision", "train_split"])
+def test_a_name_that_is_empty_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.{key}\b[^\n]*not a text that is not empty"):
+        admit([f"data.{key}="])
+
+
+def test_a_step_without_a_supervised_token_has_no_loss() -> None:
+    assert "train/loss" not in StepStats(num_steps=1, num_tokens=4, seconds=1.0).means(with_objective=True)
+    assert StepStats(nll=3.0, part_counts=(2, 0, 0, 0, 0), num_steps=1).means(with_objective=False)["train/loss"] == 1.5
 
 
 def test_weights_are_read_from_tables_of_texts_and_are_no_unread_key(tmp_path: Path) -> None:

@@ -298,12 +298,13 @@ class _Builder:
         if len(dropped) <= self.data.max_dropped_fraction * read and len(shard):
             return
         reasons = Counter(row.reason.replace("_", " ") for row in dropped)
+        lines = [row.place if len(reasons) == 1 else f"{row.place}  {row.reason.replace('_', ' ')}" for row in dropped]
         allowed = f"more than data.max_dropped_fraction = {self.data.max_dropped_fraction:g}"
         raise DataError(
             f"{name}: {len(dropped)} of {read} rows would be dropped "
             f"({', '.join(f'{count} {reason}' for reason, count in reasons.items())}), "
             f"{allowed if len(shard) else 'so nothing would be left'}.\n"
-            f"{listed([row.place for row in dropped])}\n{self._against_dropping({row.reason for row in dropped})}"
+            f"{listed(lines)}\n{self._against_dropping({row.reason for row in dropped})}"
         )
 
     def _against_dropping(self, reasons: set[str]) -> str:

@@ -57,9 +57,11 @@ class StepStats:
     def means(self, *, with_objective: bool) -> dict[str, float]:
         """Return the means as metrics; those of thoughts, answers and their parts where there are thoughts.
 
-        That of the objective is asked for where what is minimised is not the loss itself.
+        There is no loss where no token was supervised, as in steps of rows of weight 0. The objective's mean is asked
+        for where what is minimised is not the loss itself.
         """
-        means = {"train/loss": self.loss, "perf/tokens_per_second": self.tokens_per_second}
+        means = {"train/loss": self.loss} if self.num_supervised else {}
+        means["perf/tokens_per_second"] = self.tokens_per_second
         parts = part_losses(self.part_nll, self.part_counts)
         means |= {f"train/{name}": loss for name, loss in parts.items()}
         if with_objective:

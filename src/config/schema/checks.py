@@ -89,6 +89,7 @@ STEPS_OR_EPOCH = Check(
     lambda v: v is None or v == "epoch" or (is_int(v) and v >= 1),
 )
 STRINGS = Check("a list of texts", lambda v: isinstance(v, list) and all(isinstance(s, str) for s in v))
+NOT_EMPTY = Check("a text that is not empty, or null", lambda v: v is None or bool(v))
 SEED = Check("a whole number from 0 to 2**32 - 1", lambda v: is_int(v) and 0 <= v < 2**32)
 PATH = PathCheck("a path that there can be", lambda v: True)
 NAME = PathCheck(

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from src.config.schema import checks
-from src.config.schema.checks import AT_LEAST_ONE, AT_LEAST_TWO, PATH, STRINGS, Check
+from src.config.schema.checks import AT_LEAST_ONE, AT_LEAST_TWO, NOT_EMPTY, PATH, STRINGS, Check
 from src.config.schema.fields import BY_OUTCOME, READING_ROWS, DottedConfig, key, key_info
 
 SupervisedTurns = StrEnum("SupervisedTurns", "all last")
@@ -68,11 +68,11 @@ class DataConfig:
     train_files: Any = _selection_key(FILES, per_source=True)
     validation_files: Any = _selection_key(FILES_OR_SETS, read_by=("evaluate", "ensemble"))
     test_files: Any = _selection_key(FILES_OR_SETS, read_by=READING_ROWS)
-    dataset_name: str | None = _selection_key(per_source=True)
-    dataset_config_name: str | None = _selection_key(per_source=True)
-    train_split: str | None = _selection_key(per_source=True)
-    validation_split: str | None = _selection_key()
-    revision: str | None = _selection_key(per_source=True)
+    dataset_name: str | None = _selection_key(NOT_EMPTY, per_source=True)
+    dataset_config_name: str | None = _selection_key(NOT_EMPTY, per_source=True)
+    train_split: str | None = _selection_key(NOT_EMPTY, per_source=True)
+    validation_split: str | None = _selection_key(NOT_EMPTY)
+    revision: str | None = _selection_key(NOT_EMPTY, per_source=True)
     mixture: Any = _selection_key(SOURCES, each="SourceConfig")
     columns: dict[str, str] = key(resume=BY_OUTCOME, per_source=True)
     prompt_template: str | None = key(resume=BY_OUTCOME, per_source=True)
@@ -102,8 +102,8 @@ class DataConfig:
     validation_fraction: float = _selection_key(checks.BELOW_ONE)
     num_folds: int | None = _selection_key(AT_LEAST_TWO)
     fold: int | None = _selection_key(checks.COUNT)
-    group_column: str | None = _selection_key()
-    weight_column: str | None = key(default=None, resume=BY_OUTCOME, per_source=True)
+    group_column: str | None = _selection_key(NOT_EMPTY)
+    weight_column: str | None = key(NOT_EMPTY, None, resume=BY_OUTCOME, per_source=True)
     thought_dropout: float = _selection_key(checks.FRACTION, 0.0)
     thought_schedule: Any = _selection_key(SCHEDULE, None, form="ThoughtSchedule")
     malformed_thoughts: Malformed = key(default=Malformed.keep, resume=BY_OUTCOME, per_source=True)
