@@ -17,6 +17,7 @@ from src.evaluation.evaluate import open_evaluator
 from src.evaluation.samples import sample
 from src.model.embeddings import check_new_rows
 from src.overview import overview
+from src.runtime.profiling import profiled
 from src.runtime.signals import StopRequest
 from src.sweep.pruning import Pruning, end_early
 from src.tracking.tracker import Tracker
@@ -56,7 +57,9 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
 
         with open_saver(job, resume, state, fingerprint, untrained, runtime, tracker) as saver, stop.deferred():
             pruning = Pruning(job.trial if runtime.is_main else None, job.run_dir, saver.lines, tracker.warn)
-            for step in train(state, data.train, config, runtime, evaluator.generator.pad_token_id):
+            steps = train(state, data.train, config, runtime, evaluator.generator.pad_token_id)
+            num_traced = config.runtime.profile_steps if runtime.is_main else None
+            for step in profiled(steps, num_traced, job.run_dir, tracker.console.label):
                 tracker.progress(step, state.num_steps, is_logged=step.is_due(config.training.logging_steps))
                 tracker.warn(*step.warnings)
                 if saver.is_due(step):

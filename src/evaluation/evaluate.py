@@ -22,6 +22,7 @@ from src.evaluation.thought_counts import thought_metrics
 from src.evaluation.thoughts import thought_rule
 from src.metrics import THOUGHT_LOSSES, compute_metrics, perplexity
 from src.progress import NO_PROGRESS, Progress
+from src.runtime.profiling import region
 from src.runtime.session import Runtime
 from src.training.loss import part_losses
 
@@ -42,6 +43,7 @@ class Evaluator:
     num_samples: int = 1  # texts that are generated for each row
     progress: Progress = NO_PROGRESS
 
+    @region("evaluation")
     def evaluate(self, sets: Iterable[EncodedSet], watched: Mapping[str, int] = NO_TOKENS) -> dict[str, float]:
         """Return the metrics of sets by their names in metrics.jsonl, `eval/<set>/…`.
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from src.data.sets import EncodedSet
 from src.evaluation.evaluate import Evaluator
+from src.runtime.profiling import region
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Sample:
     num_thought_tokens: int = 0
 
 
+@region("evaluation")
 def sample(
     evaluator: Evaluator, rows: EncodedSet, count: int, step: int, untrained: Sequence[str] = ()
 ) -> list[Sample]:

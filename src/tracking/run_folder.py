@@ -31,7 +31,7 @@ from src.tracking.step_logs import METRICS, STEP_LOGS, LogDigest, compare_logs, 
 from src.util import finite, sync, write_atomically, write_json
 
 PROVENANCE, DATA_REPORT, SUMMARY = "provenance.json", "data_report.json", "summary.json"
-FOLDERS = (CHECKPOINTS, "model", *RESULTS, "tensorboard", "wandb")
+FOLDERS = (CHECKPOINTS, "model", *RESULTS, "tensorboard", "wandb", "profile")
 FILES = (
     *(CONFIG, "deepspeed.json", STARTS, STATUS, *STEP_LOGS),
     *(DATA_REPORT, PROVENANCE, SUMMARY, "tracking.json", *FOLDERS),

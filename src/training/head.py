@@ -12,6 +12,7 @@ from src.config.schema import LossConfig, Reduction
 from src.data.batching import row_bounds
 from src.errors import ModelError
 from src.model.embeddings import num_embedding_rows
+from src.runtime.profiling import region
 from src.training.loss import TokenLosses, compute_losses, supervised_positions
 
 PLAIN = LossConfig(Reduction.mean, thought_weight=1.0, label_smoothing=0.0)
@@ -60,7 +61,8 @@ class ModelWithLoss(nn.Module):
         hidden = self.model.base_model(**inputs).last_hidden_state
         head = self.model.get_output_embeddings()
         chosen = supervised_positions(hidden, labels, parts, row_weights, is_causal=is_causal)
-        return compute_losses(chosen, head, self.num_logits, self.config)
+        with region("head"):
+            return compute_losses(chosen, head, self.num_logits, self.config)
 
     @torch.no_grad()
     def probe_head(self) -> None:

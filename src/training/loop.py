@@ -14,6 +14,7 @@ from src.data.dataset import TrainSet
 from src.data.encoding import PARTS
 from src.data.sets import EncodedSet
 from src.errors import NonFiniteLossError
+from src.runtime.profiling import region
 from src.runtime.session import Runtime
 from src.training.loss import objective_differs, step_objective, sum_of_weights
 from src.training.state import StepResult, StepStats, TrainState
@@ -88,12 +89,13 @@ def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime
         yield _last_step(state, config, runtime)
     coming = windows(rows, state.batch_sampler, config.seed, state.position)
     while state.step < state.num_steps:
-        window = next(coming)
-        started = time.perf_counter()
-        batches = [
-            MicroBatch(block, collate(block, sequences, pad_token_id, padding_free=state.is_padding_free), is_real)
-            for (block, sequences), is_real in runtime.split(window.micro_batches)
-        ]
+        with region("data"):
+            window = next(coming)
+            started = time.perf_counter()
+            batches = [
+                MicroBatch(block, collate(block, sequences, pad_token_id, padding_free=state.is_padding_free), is_real)
+                for (block, sequences), is_real in runtime.split(window.micro_batches)
+            ]
         lr, grad_norm, is_save_asked = step_once(state, batches, config, runtime)
         seconds = time.perf_counter() - started
         state.stats.seconds += seconds
@@ -166,10 +168,11 @@ def _add_gradients(
         is_last = i == len(batches) - 1
         batch = one.batch.to(runtime.device)
         with runtime.strategy.accumulate(last=is_last):
-            losses = state.loss_model(**batch.inputs())
-            contribution = step_objective(losses.objective, weights, config.loss.reduction) * one.is_real
-            # processes average their gradients; the step sums them
-            runtime.strategy.backward(contribution * runtime.num_processes, last=is_last)
+            with region("forward"):
+                losses = state.loss_model(**batch.inputs())
+                contribution = step_objective(losses.objective, weights, config.loss.reduction) * one.is_real
+            with region("backward"):  # processes average their gradients; the step sums them
+                runtime.strategy.backward(contribution * runtime.num_processes, last=is_last)
         sums.append(losses.sums() * one.is_real)
     local = torch.stack(sums, dim=1).tolist()
     summed = runtime.sum([sum(values) for values in local])
@@ -179,6 +182,7 @@ def _add_gradients(
     return summed
 
 
+@region("optimizer")
 def _update(
     state: TrainState, batches: Sequence[MicroBatch], config: RunConfig, runtime: Runtime
 ) -> tuple[float, float]:

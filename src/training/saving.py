@@ -20,6 +20,7 @@ from src.data.dataset import Data
 from src.errors import Interrupted, Pruned
 from src.model.card import model_card
 from src.model.export import export
+from src.runtime.profiling import region
 from src.runtime.session import Runtime
 from src.runtime.sharding import gather_on_cpu, unsharded_models
 from src.tracking.tracker import Tracker
@@ -74,6 +75,7 @@ class Saver:
         config = self._config.checkpoint
         return step.is_save_asked or step.is_due(config.checkpointing_steps, at_end=config.saves_at_end)
 
+    @region("checkpoint")
     def save(self) -> None:
         """Save the present step, so that a run can resume from it; one that is saved already is left as it is."""
         state = self._state

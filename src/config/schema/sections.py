@@ -174,6 +174,7 @@ class RuntimeConfig:
     main_process_ip: str | None = _runtime_key()
     main_process_port: int | None = _runtime_key(PORT)
     deterministic: bool = _runtime_key(resume=Impact.rounding)
+    profile_steps: int | None = key(AT_LEAST_ONE, None, resume=Impact.harmless)
 
     @property
     def world_size(self) -> int:
