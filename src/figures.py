@@ -29,6 +29,8 @@ class Series:
     x: Sequence[float]
     y: Sequence[float]
     kind: Kind = "line"
+    is_listed: bool = True
+    """Whether a legend has its name."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +97,20 @@ def write_png(figure: Figure, file: Path) -> None:
 
 def _draw_series(figure: Figure, axes: Any, *, is_sideways: bool) -> None:
     """Draw what a figure shows; sideways its y is the horizontal axis. No text is taken for a formula."""
-    handles, spans = [], axes.hlines if is_sideways else axes.vlines
+    from matplotlib.collections import LineCollection
+
+    handles = []
     for series, colour, dash in styled(figure):
+        ends = (series.y, series.x) if is_sideways else (series.x, series.y)
         if series.kind == "intervals":
-            handles.append(spans(series.x[::2], series.y[::2], series.y[1::2], color=colour))
+            points = list(zip(*ends, strict=True))
+            handles.append(
+                axes.add_collection(LineCollection(list(zip(points[::2], points[1::2], strict=True)), color=colour))
+            )
+            axes.autoscale_view()
             continue
         has_marks = series.kind == "points" or (figure.is_joined and len(series.x) <= FEW_POINTS)
         style = "none" if series.kind == "points" else dash
-        ends = (series.y, series.x) if is_sideways else (series.x, series.y)
         handles += axes.plot(*ends, color=colour, linestyle=style, marker="o" if has_marks else "", markersize=4)
     x, y = "yx" if is_sideways else "xy"
     scales = {f"{x}scale": figure.has_log_x, f"{y}scale": figure.has_log_y}
@@ -115,8 +123,9 @@ def _draw_series(figure: Figure, axes: Any, *, is_sideways: bool) -> None:
     if figure.y_range is not None:
         axes.set(**{f"{y}lim": figure.y_range})
     if len(handles) > 1:
-        names = [_line(one.name, 40) for one in figure.series]
-        for text in axes.legend(handles, names, frameon=False, fontsize="x-small").get_texts():
+        listed = [(handle, one.name) for handle, one in zip(handles, figure.series, strict=True) if one.is_listed]
+        names = [_line(name, 40) for _, name in listed]
+        for text in axes.legend([handle for handle, _ in listed], names, frameon=False, fontsize="x-small").get_texts():
             text.set_parse_math(False)
 
 

@@ -33,6 +33,16 @@ def in_words(names: Iterable[str], last: str = "and") -> str:
     return f"{', '.join(before)} {last} {end}" if before else end
 
 
+def as_tuple(one_or_several: Any) -> tuple[Any, ...]:
+    """Return the items of a list or tuple, or what is neither as the only item."""
+    return tuple(one_or_several) if isinstance(one_or_several, list | tuple) else (one_or_several,)
+
+
+def one_or_list(items: Sequence[Any]) -> Any:
+    """Return the only item by itself, or all as a list: what `as_tuple` takes."""
+    return items[0] if len(items) == 1 else list(items)
+
+
 def plural(count: int, noun: str, nouns: str = "") -> str:
     """Return a count with its noun: 1 row, 1,024 rows; `nouns` is the plural where it is not the noun and an s."""
     return f"{count:,} {noun if count == 1 else nouns or f'{noun}s'}"

@@ -239,7 +239,7 @@ def test_another_runs_word_that_it_is_finished_is_not_taken(
     assert contents(run) == before
     shutil.copytree(run, sweep.run_dir(0))
     shutil.copy(finished / "summary.json", sweep.run_dir(0))
-    status = sweep.status(0, "eval/validation/loss")
+    status = sweep.status(0, ("eval/validation/loss",))
     assert (status.state, status.value, "metrics.jsonl" in status.cause) == ("FAILED", None, True)
     (run / "status.json").unlink()  # as it was told
     assert go_on(run).returncode == 0
@@ -709,9 +709,9 @@ def test_a_trial_with_damaged_files_has_failed_by_name(sweep: SweepFolder) -> No
     folder = sweep.run_dir(0)
     folder.mkdir()
     (folder / "status.json").write_text("{")
-    status = sweep.status(0, "eval/validation/loss")
+    status = sweep.status(0, ("eval/validation/loss",))
     assert (status.state, "status.json is damaged" in status.cause) == ("FAILED", True)
     (folder / "status.json").write_text('{"state": "FINISHED", "step": 3}')
     (folder / "summary.json").write_text("[1]")
-    status = sweep.status(0, "eval/validation/loss")
+    status = sweep.status(0, ("eval/validation/loss",))
     assert (status.state, "summary.json is damaged" in status.cause) == ("FAILED", True)

@@ -133,7 +133,7 @@ def test_a_card_and_a_leaderboard_hold_no_markup_of_names(tmp_path: Path) -> Non
     data = {evil: {"rows_kept": 1000, "tokens": 2, "supervised_tokens": 3}}
     card = model_card(frozen, data, {f"eval/{evil}": 1.0}, {}, {evil: 7})
     row = Row("s", evil, evil, {(1, None): 0.5}, (1,), 1, 0, 0, 0, mean=0.5, rank=1)
-    leaderboard.write([row], tmp_path, evil, "minimize", evil)
+    leaderboard.write([row], tmp_path, {evil: "minimize"}, evil)
     board = (tmp_path / "leaderboard.md").read_text(encoding="utf-8")
     for text in (card.split("---\n", 2)[2], board):
         found = kinds(text)

@@ -28,9 +28,9 @@ def trials(values: dict[str, list[Any]], *, folds: bool = False, group: str = ""
     for setting, given in values.items():
         for place, value in enumerate(given, 1):
             if value != "":
-                state, number_ = (value, None) if isinstance(value, str) else ("FINISHED", value)
+                state, numbers = (value, ()) if isinstance(value, str) else ("FINISHED", (value,))
                 replicate = (1, place) if folds else (place, None)
-                found.append(Result(first + len(found), setting, setting, group, replicate, state, number_))
+                found.append(Result(first + len(found), setting, setting, group, replicate, state, numbers))
     return found
 
 
@@ -215,7 +215,7 @@ def test_conclusion_says_who_is_first_or_what_to_run() -> None:
 
 def test_costs_and_other_metrics_stand_beside_the_score() -> None:
     of_each = [{SECONDS: 60.0 * n, MEMORY: 2.0**30 * n, f"eval/test/{n}": 1.0, "eval/test/rougeL": n} for n in (1, 2)]
-    results = [Result(n, "a", "a", "", (n, None), "FINISHED", 1.0 + n, of_each[n - 1]) for n in (1, 2)]
+    results = [Result(n, "a", "a", "", (n, None), "FINISHED", (1.0 + n,), of_each[n - 1]) for n in (1, 2)]
     rows = rank(results, direction="minimize")
     assert [column.heading for column in leaderboard.columns_of(rows)][4:] == ["time", "memory", "rougeL"]
     assert [cells(rows, heading) for heading in ("time", "memory", "rougeL")] == [["1:30"], ["2.0 GiB"], ["1.5"]]
@@ -278,7 +278,7 @@ def board() -> list[Row]:
 
 
 def test_files_can_be_read_back(board: list[Row], tmp_path: Path) -> None:
-    leaderboard.write(board, tmp_path / "new", LOSS, "minimize", "`a` <b> wins.")
+    leaderboard.write(board, tmp_path / "new", {LOSS: "minimize"}, "`a` <b> wins.")
     assert {file.name for file in (tmp_path / "new").iterdir()} == {
         f"leaderboard.{kind}" for kind in ("csv", "json", "md")
     }
@@ -295,7 +295,7 @@ def test_files_can_be_read_back(board: list[Row], tmp_path: Path) -> None:
 
 
 def test_markdown_keeps_its_columns(board: list[Row], tmp_path: Path) -> None:
-    leaderboard.write(board, tmp_path, LOSS, "minimize", "`a` <b> wins.")
+    leaderboard.write(board, tmp_path, {LOSS: "minimize"}, "`a` <b> wins.")
     text = (tmp_path / "leaderboard.md").read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert {line.replace("\\|", "").count("|") for line in lines} == {9}
@@ -305,7 +305,7 @@ def test_markdown_keeps_its_columns(board: list[Row], tmp_path: Path) -> None:
 
 
 def test_a_leaderboard_of_nothing(tmp_path: Path) -> None:
-    leaderboard.write([], tmp_path, LOSS, "minimize", "Nothing.")
+    leaderboard.write([], tmp_path, {LOSS: "minimize"}, "Nothing.")
     assert (tmp_path / "leaderboard.csv").read_text(encoding="utf-8").startswith("rank,tied,setting,mean")
     write_png(leaderboard.settings_figure([], LOSS), tmp_path / "leaderboard.png")
     write_png(leaderboard.history_figure([], LOSS, "minimize"), tmp_path / "history.png")

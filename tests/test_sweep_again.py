@@ -137,7 +137,7 @@ def proposals(study: Study, count: int, first: int = 0) -> list[tuple[str, ...]]
         proposal = study.propose(number, 0)
         study.accept(Unit(number, proposal.overrides, attrs=json.loads(json.dumps(proposal.attrs))))
         study.report(number, [1.0])
-        study.end(number, "FINISHED", abs(math.log10(float(proposal.overrides[0].partition("=")[2])) + 3))
+        study.end(number, "FINISHED", (abs(math.log10(float(proposal.overrides[0].partition("=")[2])) + 3),))
         found.append(proposal.overrides)
     return found
 
@@ -167,13 +167,13 @@ def test_a_sampler_begins_with_the_results_of_another_sweep(
     plan.folder.mkdir()
     earlier = earlier_units(plan)
     means = {row["setting"]: float(row["mean"]) for row in board_of(folder)}
-    assert {unit.overrides[0]: unit.value for unit in earlier} == pytest.approx(means)
+    assert {unit.overrides[0]: unit.values[0] for unit in earlier} == pytest.approx(means)
     (folder / "0" / "summary.json").unlink()
     (folder / "trials.jsonl").unlink()
     assert earlier_units(plan) == earlier  # as they were at the first start
     study = Study(plan.config, plan.axes, [], lambda _: None, earlier)
     study.propose(0, 0)
-    assert [trial.value for trial in study._optuna()[0].trials[:2]] == [unit.value for unit in earlier]
+    assert [trial.value for trial in study._optuna()[0].trials[:2]] == [unit.values[0] for unit in earlier]
     with pytest.raises(ConfigError, match=r"sweep\.warm_start.*only tpe, gp or cmaes learn from it"):
         planned("seed=1,2", f"sweep.warm_start={folder}")
 
@@ -195,7 +195,7 @@ def test_hyperband_counts_its_trials_as_the_sweep_does() -> None:
                     break
             found[number] = len(study.units[number].reports)
             study.end(
-                number, "FINISHED" if found[number] == 9 else "PRUNED", float(number) if found[number] == 9 else None
+                number, "FINISHED" if found[number] == 9 else "PRUNED", (float(number),) if found[number] == 9 else ()
             )
         return [found[number] < 9 for number in range(9)]
 

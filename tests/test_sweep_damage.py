@@ -331,6 +331,10 @@ def test_what_a_finished_trial_printed_is_not_needed(sweep: Path) -> None:
         {"history": [{"trial": True, "value": 1.0, "best": 1.0, "elapsed_seconds": 1.0}]},
         {"history": [{"value": 1.0, "best": 1.0, "elapsed_seconds": 1.0}]},
         {"history": [[]]},
+        {
+            "history": [{"trial": 0, "value": [1.0], "best": 1.0, "elapsed_seconds": 1.0}],
+            "sweep": {"metric": ["a", "b"]},
+        },
         {"history": {"0": 1.0}},
         {"counts": {"FINISHED": "4"}},
         {"signatures": "x"},

@@ -139,6 +139,20 @@ def test_what_was_delivered_is_not_delivered_again(place: Path, uri: str) -> Non
     assert points(uri, "trials_failed") == [(2, 0, 0), (2, 1, 9000)]
 
 
+def test_values_of_several_metrics_are_curves_of_each(place: Path, uri: str) -> None:
+    history = [
+        {"trial": 0, "value": [0.5, 0.1], "best": [0.5, 0.1], "elapsed_seconds": 1.5},
+        {"trial": 1, "value": [0.7, 0.2], "best": [0.5, 0.2], "elapsed_seconds": 2.5},
+    ]
+    judged = {"metric": ["eval/test/loss", "eval/test/exact_match"], "direction": ["minimize", "maximize"]}
+    write(place, history=history, sweep=judged)
+    for _ in range(2):
+        run = deliver(place, uri)
+    assert points(uri, "value/eval/test/loss") == [(1, 0.5, 1500), (2, 0.7, 2500)]
+    assert points(uri, "best/eval/test/exact_match") == [(1, 0.1, 1500), (2, 0.2, 2500)]
+    assert run.data.params["sweep.direction"] == '["minimize", "maximize"]'
+
+
 def test_judged_by_another_metric_it_is_another_run_with_the_same_trials(place: Path, uri: str) -> None:
     track(config(uri), place / "0")
     write(place, **ENDED)

@@ -386,9 +386,9 @@ def test_the_table_of_a_sweep_breaks_no_number() -> None:
         "data.train_files=[/a/20261121/b-105749.jsonl]",
     )
     trial = Trial(12, 12, overrides, "a", "b", 1, None, {})
-    board = ProgressTable("a sweep", "eval/validation/thought_loss")
+    board = ProgressTable("a sweep", ["eval/validation/thought_loss"])
     terminal = Terminal(file=io.StringIO(), width=80)
-    running = TrialStatus("RUNNING", last=0.123456, step=1200, num_steps=12_000, elapsed_seconds=500)
+    running = TrialStatus("RUNNING", last=(0.123456,), step=1200, num_steps=12_000, elapsed_seconds=500)
     terminal.print(board._table([TableRow(trial, running)], "3 of 12345 trials done, 1 running, about 1:12:33 left"))
     text = terminal.file.getvalue()  # type: ignore[attr-defined]
     for number in ("0.0001235", "16", "20261121", "105749", "1200/12000", "0.1235", "1:15:00", "12345", "1:12:33"):

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
@@ -16,11 +17,12 @@ from src.figures import Figure, Kind, Series, is_logarithmic
 from src.markdown import code, inline
 from src.markdown import table as markdown_table
 from src.ranking.ensembles import EnsembleRow, read_ensembles
+from src.ranking.pareto import FrontRow, Goals
 from src.ranking.ranking import MEMORY, SECONDS, Direction, Row, number, with_spread
-from src.ranking.significance import MOST_SEEDS, p_text
+from src.ranking.significance import MOST_SEEDS, Replicate, p_text
 from src.terminal import short_numbers
 from src.tracking.live import clock
-from src.util import human_bytes, write_atomically, write_json
+from src.util import human_bytes, one_or_list, write_atomically, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,6 +34,11 @@ MOST_NAMED = 6  # settings that have their names below a figure
 NOTE = (
     "Intervals are 95 %; p and differences are to the reference: the best mean over two replicates or more. "
     "more: how many more seeds would tell a tied setting from it (two-sided test at 5 %, power 80 %)."
+)
+FRONT_NOTE = (
+    "Intervals are 95 %. First is the Pareto front by means: no other setting is at least as good by every metric and "
+    "better by one; p is of a setting's surest test against one that dominates it, corrected for all of them. "
+    "more: how many more seeds would tell a tied setting from the front (two-sided test at 5 %, power 80 %)."
 )
 
 
@@ -50,17 +57,47 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
     columns = [
         Column("rank", lambda row: "–" if row.rank is None else f"{row.rank}{' tie' if row.is_tied else ''}"),
         Column("setting", lambda row: row.label or row.group or row.name),
-        Column("mean", lambda row: with_spread(row.mean, row.low, row.high)),
+        *_mean_columns(rows),
         Column("n", lambda row: f"{row.n} ({row.lacks})" if row.lacks else str(row.n)),
     ]
     if len(ranked) > 1:
+        columns += [Column("p", lambda row: _p(row, max(row.n, most))), Column("more", _more)]
+    if len(ranked) > 1 and not metrics_of(rows):
         columns += [
-            Column("p", lambda row: _p(row, max(row.n, most))),
-            Column("more", _more),
-            Column("difference", lambda row: with_spread(row.difference, row.difference_low, row.difference_high, "+")),
+            Column("difference", lambda row: with_spread(row.difference, row.difference_low, row.difference_high, "+"))
         ]
     shared = [name for name in (ranked[0].measures if ranked else ()) if all(name in row.measures for row in ranked)]
     return columns + [_measure(name) for name in shared]
+
+
+def metrics_of(rows: Sequence[Row]) -> list[str]:
+    """Return the metrics that rows are ranked by where they are several."""
+    return [one.metric for one in rows[0].objectives] if rows and isinstance(rows[0], FrontRow) else []
+
+
+def note_of(rows: Sequence[Row]) -> str:
+    """Return what the columns of these rows mean."""
+    return FRONT_NOTE if metrics_of(rows) else NOTE
+
+
+def _mean_columns(rows: Sequence[Row]) -> Iterator[Column]:
+    metrics = metrics_of(rows)
+    if not metrics:
+        yield Column("mean", lambda row: with_spread(row.mean, row.low, row.high))
+    last = [metric.rpartition("/")[2] for metric in metrics]
+    for place, metric in enumerate(metrics):
+        heading = last[place] if last.count(last[place]) == 1 else metric
+        yield Column(heading, partial(_mean_by, place))
+
+
+def _mean_by(place: int, row: Row) -> str:
+    one = by_metric([row], place)[0]
+    return with_spread(one.mean, one.low, one.high)
+
+
+def by_metric(rows: Sequence[Row], place: int) -> list[Row]:
+    """Return rows as they are by one of their metrics."""
+    return [row.by(place) if isinstance(row, FrontRow) else row for row in rows]
 
 
 def _p(row: Row, most_pairs: int) -> str:
@@ -96,6 +133,9 @@ CSV_COLUMNS: Mapping[str, Callable[[Row], Any]] = {
     "setting_id": attrgetter("setting"),
 }
 """The columns of leaderboard.csv, before those of other measures; `model` only where models are compared."""
+BY_METRIC = ("mean", "low", "high", "values")
+OF_ONE_METRIC = (*BY_METRIC, "best_trial", "deviation", "difference", "difference_low", "difference_high")
+"""What a row of several metrics does not have by itself, the first of them by each metric."""
 
 
 def import_what_draws() -> None:
@@ -104,31 +144,48 @@ def import_what_draws() -> None:
         import_module(name)
 
 
-def write(rows: Sequence[Row], folder: Path, metric: str, direction: Direction, conclusion: str) -> None:
+def write(rows: Sequence[Row], folder: Path, goals: Goals, conclusion: str) -> None:
     """Write leaderboard.csv, leaderboard.json and leaderboard.md into a sweep's folder, each at once.
 
     The finished ensembles in that folder have rows of their own, which are not ranked.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ensembles = read_ensembles(folder)
-    write_atomically(folder / "leaderboard.csv", _csv(rows, ensembles, metric))
-    content = {"metric": metric, "direction": direction, "conclusion": conclusion, "rows": list(map(_plain, rows))}
+    write_atomically(folder / "leaderboard.csv", _csv(rows, ensembles, goals))
+    judged = {"metric": one_or_list([*goals]), "direction": one_or_list([*goals.values()])}
+    content = {**judged, "conclusion": conclusion, "rows": list(map(_plain, rows))}
     write_json(folder / "leaderboard.json", content | {"ensembles": list(map(asdict, ensembles))})
-    parts = [f"# {inline(metric)}, {direction}d", inline(conclusion), *_markdown(rows), NOTE]
+    parts = [f"# {title(goals, inline)}", inline(conclusion), *_markdown(rows), note_of(rows)]
     if ensembles:
-        lines = [[code(one.folder), inline(one.beside_members(metric)), _spaced(one.members)] for one in ensembles]
+        lines = [
+            [code(one.folder), inline(one.beside_members(next(iter(goals)))), _spaced(one.members)] for one in ensembles
+        ]
         scored = "On rows that no member was trained on; not ranked with the settings above."
         parts += ["## Ensembles", markdown_table(["ensemble", "score", "members"], lines), scored]
     write_atomically(folder / "leaderboard.md", "\n\n".join(parts) + "\n")
 
 
+def title(goals: Goals, written: Callable[[str], str] = str) -> str:
+    """Return what rows are ranked by: `eval/test/loss, minimized`."""
+    return "; ".join(f"{written(metric)}, {direction}d" for metric, direction in goals.items())
+
+
 def _plain(row: Row) -> dict[str, Any]:
-    values = [{"seed": seed, "fold": fold, "value": value} for (seed, fold), value in row.values.items()]
-    return asdict(row) | {"n": row.n, "values": values}
+    plain = asdict(row) | {"n": row.n, "values": _plain_values(row.values)}
+    if isinstance(row, FrontRow):
+        plain["objectives"] = [vars(one) | {"values": _plain_values(one.values)} for one in row.objectives]
+        plain = {key: value for key, value in plain.items() if key not in OF_ONE_METRIC}
+    return plain
 
 
-def _csv(rows: Sequence[Row], ensembles: Sequence[EnsembleRow], metric: str) -> str:
+def _plain_values(values: Mapping[Replicate, float]) -> list[dict[str, Any]]:
+    return [{"seed": seed, "fold": fold, "value": value} for (seed, fold), value in values.items()]
+
+
+def _csv(rows: Sequence[Row], ensembles: Sequence[EnsembleRow], goals: Goals) -> str:
     columns = {name: read for name, read in CSV_COLUMNS.items() if name != "model" or any(row.group for row in rows)}
+    if metrics := metrics_of(rows):
+        columns = dict(_front_columns(columns, metrics))
     measures = dict.fromkeys(name for row in rows for name in row.measures)
     file = io.StringIO()
     writer = csv.DictWriter(file, [*columns, *measures], extrasaction="ignore", lineterminator="\n")
@@ -136,8 +193,26 @@ def _csv(rows: Sequence[Row], ensembles: Sequence[EnsembleRow], metric: str) -> 
     writer.writerows({**{name: read(row) for name, read in columns.items()}, **row.measures} for row in rows)
     for one in ensembles:
         cells = {"setting": f"ensemble.method={one.method}", "setting_id": one.folder, "trials": _spaced(one.members)}
-        writer.writerow({**one.scores, **cells, "mean": one.scores.get(metric)})
+        writer.writerow({**one.scores, **cells, "mean": one.scores.get(next(iter(goals)))})
     return file.getvalue()
+
+
+def _front_columns(
+    columns: Mapping[str, Callable[[Row], Any]], metrics: Sequence[str]
+) -> Iterator[tuple[str, Callable[[Row], Any]]]:
+    """Yield columns of leaderboard.csv, those of one metric for each of several: its mean under its own name."""
+    for name, read in columns.items():
+        if name not in OF_ONE_METRIC:
+            yield name, read
+        elif name in BY_METRIC:
+            for place, metric in enumerate(metrics):
+                yield f"{metric} {name}".removesuffix(" mean"), partial(_read_by, place, read)
+        if name == "tied":
+            yield "on_front", lambda row: str(row.is_reference).lower()
+
+
+def _read_by(place: int, read: Callable[[Row], Any], row: Row) -> Any:
+    return read(by_metric([row], place)[0])
 
 
 def _spaced(items: Iterable[Any]) -> str:
@@ -168,7 +243,8 @@ def table(rows: Sequence[Row], title: str, width: int) -> "Table":
         max(map(terminal.width, [one.heading, *(short_numbers(one.cell(row)) for row in rows)])) for one in columns
     ]
     widths = [min(most, NARROWEST.get(one.heading, most)) for one, most in zip(columns, widths, strict=True)]
-    while len(columns) > NUM_NEEDED and sum(widths) + 3 * len(widths) > width:
+    num_needed = NUM_NEEDED + max(0, len(metrics_of(rows)) - 1)
+    while len(columns) > num_needed and sum(widths) + 3 * len(widths) > width:
         columns.pop(), widths.pop()
     made = new_table(title)
     for column, least in zip(columns, widths, strict=True):

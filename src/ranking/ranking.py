@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import mean
-from typing import Literal
+from typing import Literal, TypeVar
 
 from src.metrics import LOSSES
 from src.ranking.significance import MOST_SEEDS, SIGNIFICANCE, Replicate, compare, half_width, holm, seeds_to_tell
@@ -29,8 +29,8 @@ class Result:
 
     `setting` is the hash of the configuration without seed and fold, `label` its overrides in words (`tokens=tow`; ""
     where only seeds vary), `group` the model where models are compared, else "". `state` is one of status.json, or
-    WAITING. A `value` counts where it is finite and the trial is FINISHED; FINISHED without one is failed. `measures`
-    are other values of its summary.
+    WAITING. `values` are of each metric, and count where all are finite and the trial is FINISHED; FINISHED without any
+    is failed. `measures` are other values of its summary.
     """
 
     trial: int
@@ -39,8 +39,12 @@ class Result:
     group: str
     replicate: Replicate
     state: str
-    value: float | None
+    values: tuple[float, ...]
     measures: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> bool:
+        return self.state == "FINISHED" and bool(self.values) and all(map(math.isfinite, self.values))
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,9 @@ class Row:
         return self.is_tied and self.p_value is not None and self.p_value < SIGNIFICANCE
 
 
+AnyRow = TypeVar("AnyRow", bound=Row)
+
+
 def rank(results: Iterable[Result], *, direction: Direction, num_folds: int | None = None) -> list[Row]:
     """Return one row a setting: those tied with the best, the others by their difference to it, those without a value.
 
@@ -119,25 +126,39 @@ def rank(results: Iterable[Result], *, direction: Direction, num_folds: int | No
     chosen after looking: of 40 equal settings with 3 seeds, some row is called worse in 13 % (simulated).
     `num_folds` is of the cross-validation where folds are replicates, see `variance_factor`.
     """
+    sign = sign_of(direction)
+    rows = [tally(trials, sign, num_folds) for trials in by_setting(results)]
+    ranked = [row for row in rows if row.values]
+    return [*(_ranked(ranked, sign, num_folds) if ranked else ()), *without_values(rows)]
+
+
+def sign_of(direction: Direction) -> int:
+    """Return what to multiply values with so that the lower is the better."""
+    return 1 if direction == "minimize" else -1
+
+
+def by_setting(results: Iterable[Result]) -> Iterable[list[Result]]:
+    """Return the trials of each setting."""
     settings: dict[str, list[Result]] = {}
     for result in sorted(results, key=lambda result: result.trial):
         settings.setdefault(result.setting, []).append(result)
-    sign = 1 if direction == "minimize" else -1
-    rows = [_tally(trials, sign, num_folds) for trials in settings.values()]
+    return settings.values()
+
+
+def without_values(rows: Iterable[AnyRow]) -> list[AnyRow]:
+    """Return the rows that have no value, in the order in which they come last."""
     rest = [row for row in rows if not row.values]
-    rest.sort(key=lambda row: (row.pruned == 0, row.unfinished == 0, row.trials))  # pruned ones were looked at
-    ranked = [row for row in rows if row.values]
-    return [*(_ranked(ranked, sign, num_folds) if ranked else ()), *rest]
+    return sorted(rest, key=lambda row: (row.pruned == 0, row.unfinished == 0, row.trials))  # pruned: were looked at
 
 
-def _tally(trials: Sequence[Result], sign: int, num_folds: int | None) -> Row:
-    """Gather the trials of one setting."""
+def tally(trials: Sequence[Result], sign: int, num_folds: int | None, place: int = 0) -> Row:
+    """Gather the trials of one setting, by the metric at a place."""
     found: dict[Replicate, list[float]] = {}
     numbers: dict[int, float] = {}
     for trial in trials:
-        if trial.state == "FINISHED" and trial.value is not None and math.isfinite(trial.value):
-            found.setdefault(trial.replicate, []).append(trial.value)
-            numbers[trial.trial] = sign * trial.value
+        if trial.counts:
+            found.setdefault(trial.replicate, []).append(trial.values[place])
+            numbers[trial.trial] = sign * trial.values[place]
     order = sorted(found, key=lambda key: (key[0], -1 if key[1] is None else key[1]))
     values = {key: mean(found[key]) for key in order}
     lacking = {trial.replicate: trial.state for trial in trials if trial.replicate not in found}
@@ -179,10 +200,11 @@ def _ranked(rows: Sequence[Row], sign: int, num_folds: int | None) -> Iterator[R
     places: dict[float | None, int] = {}  # those in one place share a rank
     for place, row in enumerate(everyone, 1):
         rank = places.setdefault(None if row.is_first else row.difference, place)
-        yield replace(row, rank=rank, more_seeds=_more_seeds(row, best, level, num_folds))
+        yield replace(row, rank=rank, more_seeds=more_seeds(row, best, level, num_folds))
 
 
-def _more_seeds(row: Row, best: Row, level: float, num_folds: int | None) -> int | None:
+def more_seeds(row: Row, best: Row, level: float, num_folds: int | None) -> int | None:
+    """Return how many seeds more would tell a tied row from another at a level; None where no sensible number would."""
     needed = None
     if row.n < 2:
         needed = len(seeds_of([best])) if best.n > 1 else FEWEST_SEEDS
@@ -251,44 +273,62 @@ def conclusion(rows: Sequence[Row], metric: str, sweep_name: str | None = None) 
     """
     ranked = [row for row in rows if row.rank is not None]
     if not ranked:
-        return f"No trial finished with a value of {metric}: there is nothing to rank."
+        return nothing_to_rank(metric)
     first = [row for row in ranked if row.rank == 1]
     best = next(row for row in ranked if row.is_reference)
     if len(first) > 1:
-        who = f"{_names(first)} are tied in {metric}"
+        who = f"{names(first)} are tied in {metric}"
     else:
         kind = "fold" if len(folds_of([best])) > 1 and len(seeds_of([best])) == 1 else "seed"
         measured = f"{with_spread(best.mean, best.low, best.high)}, {plural(best.n, kind)}"
         who = f"{best.name} {'is first in' if len(ranked) > 1 else 'has'} {metric} ({measured})"
-    is_of_tokens = metric.rpartition("/")[2] in LOSSES and len({row.group for row in ranked}) > 1
-    caution = " Losses per token compare models only where they share a tokenizer." if is_of_tokens else ""
-    return "; ".join(filter(None, [who, _next_step(first, best, seeds_of(ranked), sweep_name)])) + f".{caution}"
+    step = _next_step(first, best, seeds_of(ranked), sweep_name)
+    return "; ".join(filter(None, [who, step])) + f".{caution([metric], ranked)}"
+
+
+def nothing_to_rank(metrics: str) -> str:
+    return f"No trial finished with a value of {metrics}: there is nothing to rank."
+
+
+def caution(metrics: Iterable[str], rows: Iterable[Row]) -> str:
+    """Return what else to know before models are compared by these metrics, or ''."""
+    is_of_tokens = any(metric.rpartition("/")[2] in LOSSES for metric in metrics) and len({r.group for r in rows}) > 1
+    return " Losses per token compare models only where they share a tokenizer." if is_of_tokens else ""
 
 
 def _next_step(first: Sequence[Row], best: Row, seeds: list[int], sweep_name: str | None) -> str:
     """Return what to run to tell the first rows apart, or why nothing would."""
     if wanting := [row for row in first if row.more_seeds]:
-        total = max(row.seeds_compared + (row.more_seeds or 0) for row in wanting)
-        seeds = seeds + [seeds[-1] + more for more in range(1, 1 + total - len(seeds))]
-        others = _names([row for row in wanting if row is not best])
+        others = names([row for row in wanting if row is not best])
         gain = f"tell {f'{others} from {best.name}' if len(first) > 2 else 'them apart'}"
-        count = plural(max(row.more_seeds or 0 for row in wanting), "more seed")
-        why = "one seed allows no test" if best.n < 2 else f"{count} would {gain}"
-        which = "the same command" if len(first) <= MOST_NAMED else "the same command for the best of them"
-        means = [f"seed={','.join(map(str, seeds))}"]
-        if sweep_name is None:
-            which = f"run {'the best of them' if len(first) > 1 else 'it'} as a grid"
-        else:
-            means.append(f"sweep.name={shlex.quote(sweep_name)}")
-        return f"{why}: {which} with {' '.join(means)}"
+        return add_seeds(wanting, len(first), "" if best.n < 2 else gain, seeds, sweep_name)
     if unequal := [row for row in first if row.is_unequal]:
         return (
-            f"{_names(unequal)} can't be compared with {best.name} on equal terms ({unequal[0].lacks or 'other seeds'})"
+            f"{names(unequal)} can't be compared with {best.name} on equal terms ({unequal[0].lacks or 'other seeds'})"
         )
     return f"they differ too little to matter: {MOST_SEEDS} seeds would not tell them apart" if len(first) > 1 else ""
 
 
-def _names(rows: Sequence[Row]) -> str:
+def add_seeds(wanting: Sequence[Row], num_first: int, gain: str, seeds: list[int], sweep_name: str | None) -> str:
+    """Return how to give the rows `more_seeds`, and what that would do; no `gain`: there is no test without them.
+
+    `num_first` rows share the first rank, `seeds` are those of all rows.
+    """
+    total = max(row.seeds_compared + (row.more_seeds or 0) for row in wanting)
+    seeds = seeds + [seeds[-1] + more for more in range(1, 1 + total - len(seeds))]
+    count = plural(max(row.more_seeds or 0 for row in wanting), "more seed")
+    why = f"{count} would {gain}" if gain else "one seed allows no test"
+    which = "the same command" if num_first <= MOST_NAMED else "the same command for the best of them"
+    means = [f"seed={','.join(map(str, seeds))}"]
+    if sweep_name is None:
+        which = f"run {'the best of them' if num_first > 1 else 'it'} as a grid"
+    else:
+        means.append(f"sweep.name={shlex.quote(sweep_name)}")
+    return f"{why}: {which} with {' '.join(means)}"
+
+
+def names(rows: Sequence[Row]) -> str:
+    """Return what to call rows in a sentence."""
     if len(rows) > MOST_NAMED:
         return f"{rows[0].name} and {len(rows) - 1} others"
     return in_words(row.name for row in rows)

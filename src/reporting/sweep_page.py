@@ -2,16 +2,17 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from src.config.axes import REPLICATED
 from src.errors import DamagedFileError
 from src.figures import Figure, Series, is_logarithmic
+from src.ranking.front_figures import front_figures, numbered, settings_figures
 from src.ranking.importance import importances
-from src.ranking.leaderboard import NOTE, columns_of, settings_figure
+from src.ranking.leaderboard import columns_of, note_of
 from src.reporting.curves import file_name
 from src.reporting.figures import MOST_SERIES, series_of
 from src.reporting.page import Block, Figures, Page, Section, Table, Text
@@ -26,14 +27,24 @@ from src.util import plural
 
 @dataclass
 class Sweep:
-    """A sweep's folder, and how its trials stand."""
+    """A sweep's folder, and how its trials stand; looked at by one of its metrics."""
 
     folder: SweepFolder
     standings: Standings
+    place: int = 0
+
+    @property
+    def by_metric(self) -> list["Sweep"]:
+        """The same by each of its metrics."""
+        return [replace(self, place=place) for place in range(len(self.standings.goals))]
 
     @property
     def metric(self) -> str:
-        return self.standings.metric
+        return list(self.standings.goals)[self.place]
+
+    @property
+    def is_maximized(self) -> bool:
+        return self.standings.goals[self.metric] == "maximize"
 
     @property
     def trials(self) -> Sequence[Trial]:
@@ -56,7 +67,13 @@ class Sweep:
         return [key for key in self.keys if all(key in values for values in valued)]
 
     def value(self, trial: Trial) -> float | None:
-        return self.statuses[trial.number].value
+        values = self.statuses[trial.number].values
+        return values[self.place] if values else None
+
+    def last(self, trial: Trial) -> float | None:
+        """Return a trial's value, or its newest where it has not finished."""
+        newest = self.statuses[trial.number].newest
+        return newest[self.place] if newest else None
 
 
 def sweep_page(folder: Path) -> Page:
@@ -67,8 +84,10 @@ def sweep_page(folder: Path) -> Page:
     about = ", ".join(f"{counts[state]} {state.lower()}" for state in TRIAL_STATES if counts[state])
     sections = [
         Section("Ranking", list(_ranking(sweep.standings))),
-        Section("Hyperparameters", [*_figures([*_against_metric(sweep), *_parallel(sweep)]), *_importance(sweep)]),
-        Section("Trials over steps", _figures(list(_curves(sweep)))),
+        Section(
+            "Hyperparameters", [*_figures([*_by_each(sweep, _against_metric), *_parallel(sweep)]), *_importance(sweep)]
+        ),
+        Section("Trials over steps", _figures([*_by_each(sweep, _curves)])),
         Section("Pruned", list(_pruned(sweep))),
         Section("Failed", list(_failed(sweep))),
         Section("All trials", [_all_trials(sweep)]),
@@ -78,6 +97,13 @@ def sweep_page(folder: Path) -> Page:
 
 def _figures(figures: Sequence[Figure]) -> list[Block]:
     return [Figures(figures)] if figures else []
+
+
+def _by_each(sweep: Sweep, figures_of: Callable[[Sweep], Iterator[Figure]]) -> Iterator[Figure]:
+    """Yield figures by each metric."""
+    for one in sweep.by_metric:
+        for figure in figures_of(one):
+            yield numbered(figure, one.place, sweep.standings.goals)
 
 
 def _values(trial: Trial) -> dict[str, str]:
@@ -91,9 +117,9 @@ def _ranking(standings: Standings) -> Iterator[Block]:
     shown = [[*(short_numbers(column.cell(row)) for column in columns), " ".join(map(str, row.trials))] for row in rows]
     first = frozenset(place for place, row in enumerate(rows) if row.rank == 1)
     yield Table([*(column.heading for column in columns), "trials"], shown, standings.title, first)
-    yield Text(NOTE)
+    yield Text(note_of(rows))
     if sum(row.mean is not None for row in rows) > 1:
-        yield Figures([settings_figure(rows, standings.metric)])
+        yield Figures([*front_figures(rows, standings.goals), *settings_figures(rows, standings.goals)])
 
 
 def _pairs(name: str, pairs: Sequence[tuple[float, float]], kind: Any) -> Series:
@@ -112,12 +138,12 @@ def _against_metric(sweep: Sweep) -> Iterator[Figure]:
     """Yield a figure for each key: its values, and what the metric was with each."""
     for key in sweep.keys:
         valued = [(trial, values[key]) for trial in sweep.trials if key in (values := _values(trial))]
-        valued = [(trial, text) for trial, text in valued if _last(sweep, trial) is not None]
+        valued = [(trial, text) for trial, text in valued if sweep.last(trial) is not None]
         numbers, texts = _numbers([text for _, text in valued]), sorted({text for _, text in valued})
         places = numbers if numbers is not None else [float(texts.index(text)) for _, text in valued]
         finished = [(x, sweep.value(trial)) for x, (trial, _) in zip(places, valued, strict=True)]
         ended = [
-            (x, _last(sweep, trial)) for x, (trial, _) in zip(places, valued, strict=True) if sweep.value(trial) is None
+            (x, sweep.last(trial)) for x, (trial, _) in zip(places, valued, strict=True) if sweep.value(trial) is None
         ]
         both = {"finished": finished, "not finished, newest value": ended}
         series = [_pairs(name, [(x, y) for x, y in pairs if y is not None], "points") for name, pairs in both.items()]
@@ -128,27 +154,21 @@ def _against_metric(sweep: Sweep) -> Iterator[Figure]:
             yield Figure(name, key, key, sweep.metric, series, x_ticks=ticks, has_log_x=has_log)
 
 
-def _last(sweep: Sweep, trial: Trial) -> float | None:
-    """Return a trial's value, or its newest of the metric where it has not finished."""
-    status = sweep.statuses[trial.number]
-    return status.last if status.value is None else status.value
-
-
 def _parallel(sweep: Sweep) -> Iterator[Figure]:
-    """Yield parallel coordinates: an axis for each key and one for the metric, a line for each trial with a value."""
+    """Yield parallel coordinates: an axis for each key and each metric, a line for each trial with a value."""
     keys = sweep.shared_keys
     trials = [trial for trial in sweep.trials if sweep.value(trial) is not None]
     if len(trials) < 2 or len(keys) < 2:
         return
-    better = sorted(trials, key=lambda one: sweep.value(one) or 0.0, reverse=sweep.standings.direction == "maximize")[
-        :MOST_SERIES
-    ]
+    better = sorted(trials, key=lambda one: sweep.value(one) or 0.0, reverse=sweep.is_maximized)[:MOST_SERIES]
     columns = {key: _scaled([_values(trial)[key] for trial in better]) for key in keys}
-    columns[sweep.metric] = _scaled([repr(sweep.value(trial)) for trial in better])
+    columns |= {one.metric: _scaled([repr(one.value(trial)) for trial in better]) for one in sweep.by_metric}
     axes = [float(place) for place in range(len(columns))]
     series = [
         Series(
-            f"trial {trial.number}: {number(sweep.value(trial))}", axes, [column[0][i] for column in columns.values()]
+            f"trial {trial.number}: {', '.join(map(number, sweep.statuses[trial.number].values))}",
+            axes,
+            [column[0][i] for column in columns.values()],
         )
         for i, trial in enumerate(better)
     ]
@@ -171,7 +191,14 @@ def _scaled(texts: Sequence[str]) -> tuple[list[float], str]:
 
 
 def _importance(sweep: Sweep) -> Iterator[Block]:
-    """Yield which key explains how much of the metric."""
+    """Yield which key explains how much of each metric."""
+    tables = [table for one in sweep.by_metric for table in _shares(one)]
+    yield from tables
+    if not tables:
+        yield Text("Importance needs four finished trials or more, and two keys that vary among them.")
+
+
+def _shares(sweep: Sweep) -> Iterator[Table]:
     keys = sweep.shared_keys
     numeric = {key for key in keys if _numbers([_values(one)[key] for one in sweep.trials if key in _values(one)])}
     trials = [
@@ -184,8 +211,6 @@ def _importance(sweep: Sweep) -> Iterator[Block]:
         yield Table(
             ["key", "share"], rows, f"Importance: share of the variation of {sweep.metric}, by functional ANOVA"
         )
-    else:
-        yield Text("Importance needs four finished trials or more, and two keys that vary among them.")
 
 
 def _curves(sweep: Sweep) -> Iterator[Figure]:
@@ -204,14 +229,18 @@ def _curves(sweep: Sweep) -> Iterator[Figure]:
         yield Figure("trials", name, "step", name, series[:MOST_SERIES], note)
 
 
+def _newest(sweep: Sweep, trial: Trial) -> list[str]:
+    return [number(one.last(trial)) for one in sweep.by_metric]
+
+
 def _pruned(sweep: Sweep) -> Iterator[Block]:
     rows = [
-        [str(trial.number), short_numbers(trial.label), f"{status.step:,}", number(status.last), status.cause]
+        [str(trial.number), short_numbers(trial.label), f"{status.step:,}", *_newest(sweep, trial), status.cause]
         for trial in sweep.trials
         if (status := sweep.statuses[trial.number]).state == "PRUNED"
     ]
     if rows:
-        yield Table(["trial", "what it tried", "step", sweep.metric, "why"], rows, plural(len(rows), "trial"))
+        yield Table(["trial", "what it tried", "step", *sweep.standings.goals, "why"], rows, plural(len(rows), "trial"))
 
 
 def _failed(sweep: Sweep) -> Iterator[Block]:
@@ -226,11 +255,11 @@ def _failed(sweep: Sweep) -> Iterator[Block]:
 
 def _all_trials(sweep: Sweep) -> Block:
     rows = [
-        [str(trial.number), status.state, number(_last(sweep, trial)), f"{status.step:,}", short_numbers(trial.label)]
+        [str(trial.number), status.state, *_newest(sweep, trial), f"{status.step:,}", short_numbers(trial.label)]
         for trial in sweep.trials
         for status in [sweep.statuses[trial.number]]
     ]
     title = (
         f"{plural(len(rows), 'trial')}; each has its own page: python -m src.report dir={sweep.folder.folder}/NUMBER"
     )
-    return Table(["trial", "state", sweep.metric, "step", "what it tried"], rows, title, is_folded=True)
+    return Table(["trial", "state", *sweep.standings.goals, "step", "what it tried"], rows, title, is_folded=True)

@@ -56,8 +56,8 @@ class SweepController:
         self.state, self._study, self.engine, self._stop, self._display = state, study, engine, stop, display
         self.plan, self.folder = state.plan, state.folder
         self._progress: defaultdict[int, _Progress] = defaultdict(_Progress)
-        self._metric, pruner = self.plan.config.metric, self.plan.config.pruner
-        sign = -1 if self.plan.config.direction is Direction.maximize else 1
+        self._metrics, pruner = self.plan.config.metrics, self.plan.config.pruner
+        sign = -1 if self.plan.config.directions[0] is Direction.maximize else 1  # trials end early by one metric
         self._halving = pruning.Halving(self.plan.config.min_resource, self.plan.config.reduction_factor, sign)
         self._is_exhausted = False
         self.refusal = ""  # why the last proposal can't be run
@@ -209,7 +209,7 @@ class SweepController:
             self._answer_waiting()
             if self._display.is_due():
                 for number in self.engine.running:
-                    self.state.statuses[number] = self.folder.status(number, self._metric, is_running=True)
+                    self.state.statuses[number] = self.folder.status(number, self._metrics, is_running=True)
                 self._display.show(self.state.entries(), self.summary())
 
     def _stop_reason(self) -> str:
@@ -226,7 +226,7 @@ class SweepController:
         progress.attempts += 1
         progress.started = time.monotonic()
         if reason := self.folder.make_room(trial.number):
-            self._settle(trial, TrialStatus("FAILED", None, reason), TowlineError.exit_code)
+            self._settle(trial, TrialStatus("FAILED", (), reason), TowlineError.exit_code)
             return
         run_dir = self.folder.run_dir(trial.number)
         progress.written_ns = written_ns(run_dir / STATUS)
@@ -246,7 +246,7 @@ class SweepController:
         progress.metrics_ns = None
         if self._pauses and progress.rung is None:
             progress.rung = self._halving.rung_from(max(1, num_reports))
-        return {"metric": self._metric, "pause_at": progress.rung, "waits": self._waits}
+        return {"metric": self._metrics[0], "pause_at": progress.rung, "waits": self._waits}
 
     def _collect(self, ended: Sequence[tuple[TrialJob, int]]) -> None:
         """Record how trials ended; those that may succeed on a retry are queued again."""
@@ -266,7 +266,7 @@ class SweepController:
         if is_disk_full(status.cause):
             self.fault = f"the disk is full: {self.folder.folder}"
         is_again = not self._stop_reason() and self._may_retry(status, code, progress)
-        self._say(trial, f"{ending(status, self._metric)}{', tried again' if is_again else ''}")
+        self._say(trial, f"{ending(status, self._metrics)}{', tried again' if is_again else ''}")
         if status.state == "WAITING":
             return
         if is_again:
@@ -285,12 +285,12 @@ class SweepController:
     def _status_after_exit(self, job: TrialJob, code: int) -> TrialStatus:
         """Return the status of a trial whose process has ended, and write it into the trial's folder."""
         how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        status = self.folder.status(job.number, self._metric)
+        status = self.folder.status(job.number, self._metrics)
         if self._progress[job.number].written_ns == written_ns(job.run_dir / STATUS):  # this start wrote nothing
             is_left = code == 0 and status.state != "WAITING"  # its run is finished, whatever its value is
             if self._stop_reason() or is_left or status.state == "FINISHED" or status.is_damaged:
                 return status
-            return TrialStatus("FAILED", None, f"{how} before it began{last_words(status.log)}", status.log)
+            return TrialStatus("FAILED", (), f"{how} before it began{last_words(status.log)}", status.log)
         if status.cause.startswith("killed"):
             if held := list(self.folder.held([job.number])):
                 return replace(status, cause=held[0][1])
@@ -311,7 +311,7 @@ class SweepController:
         """Note what the trial that decides for its unit has reported, and return it."""
         trial = self.state.trials[number]
         if self._first(trial) is trial:
-            self._study.report(trial.unit, self.folder.reports(number, self._metric))
+            self._study.report(trial.unit, self.folder.reports(number, self._metrics[0]))
         reports = self._study.units[trial.unit].reports
         if self._pauses:
             self._halving.note(trial.unit, reports)
@@ -325,11 +325,11 @@ class SweepController:
             if written == progress.metrics_ns:
                 continue
             progress.metrics_ns = written
-            reports = self.folder.reports(number, self._metric)
+            reports = self.folder.reports(number, self._metrics[0])
             unit = self.state.trials[number].unit
             is_new = len(reports) > len(self._study.units[unit].reports) and self._note_reports(number)
             is_worse = is_new and self._study.should_prune(unit)
-            seen = f"{self._metric} {reports[-1]:.4g} at evaluation {len(reports)}" if reports else ""
+            seen = f"{self._metrics[0]} {reports[-1]:.4g} at evaluation {len(reports)}" if reports else ""
             reason = f"{seen}: others were better ({self.plan.config.pruner.name})" if is_worse else ""
             if reports:
                 pruning.answer(run_dir, len(reports), reason)
@@ -357,7 +357,7 @@ class SweepController:
     def _pause(self, number: int) -> TrialStatus:
         """Record that a trial is paused at its rung."""
         note_end(self.folder.run_dir(number), Pruned(f"paused at evaluation {self._progress[number].rung}"))
-        return self.folder.status(number, self._metric)
+        return self.folder.status(number, self._metrics)
 
     def _end_unit(self, unit: int) -> None:
         """Record in the study how a unit ended, once all of its trials have."""
@@ -372,7 +372,7 @@ class SweepController:
         if states & UNENDED:
             return
         state = next(one for one in ("PRUNED", "FAILED", "FINISHED") if one in states)
-        self._study.end(unit, state, self.state.mean(unit) if state == "FINISHED" else None)
+        self._study.end(unit, state, self.state.means(unit) if state == "FINISHED" else ())
 
     # ---- what is shown and written
 

@@ -20,7 +20,7 @@ from src.records import read_bytes, read_lines
 from src.sweep.engines.engine import log_file
 from src.sweep.trial import Trial, check_trial
 from src.tracking.lock import LOCK, holder_of
-from src.tracking.objective import foreign_journal, objective, reported
+from src.tracking.objective import foreign_journal, objectives, reported
 from src.tracking.sweep_files import holds_another, read_sweep
 from src.util import listed, write_atomically, write_json
 
@@ -35,12 +35,12 @@ class TrialStatus:
     """The status of a trial, by its folder."""
 
     state: str  # one of TRIAL_STATES
-    value: float | None = None
+    values: tuple[float, ...] = ()  # of each metric of the sweep; empty where one is missing
     cause: str = ""
     log: Path | None = None
     step: int = 0
     num_steps: int | None = None
-    last: float | None = None  # the newest value of the metric, of one that has not finished
+    last: tuple[float | None, ...] = ()  # the newest value of each metric, of one that has not finished
     elapsed_seconds: float = 0.0
     warning: str = ""  # what is damaged of a trial that counts nevertheless
     is_damaged: bool = False  # whether its cause is something in its folder that the user must fix first
@@ -49,6 +49,11 @@ class TrialStatus:
     def is_over(self) -> bool:
         """Whether there is nothing more to run."""
         return self.state in ("FINISHED", "PRUNED")
+
+    @property
+    def newest(self) -> tuple[float | None, ...]:
+        """Its values, or of one that has not finished the newest of each metric."""
+        return self.values or self.last
 
 
 class SweepFolder:
@@ -150,24 +155,24 @@ class SweepFolder:
             elif one.name != LOCK:
                 one.unlink(missing_ok=True)
 
-    def status(self, number: int, metric: str, *, is_running: bool = False) -> TrialStatus:
-        """Return the status of a trial with its value of a metric, by the name in summary.json.
+    def status(self, number: int, metrics: tuple[str, ...], *, is_running: bool = False) -> TrialStatus:
+        """Return the status of a trial with its values of metrics, by their names in summary.json.
 
         `is_running`: its process lives; a status that says so by itself may be a dead one's.
         """
         run_dir = self.run_dir(number)
         log = log_file(run_dir) if os.path.isfile(log_file(run_dir)) else None
         obstacle = self.obstacle(number)
-        obstructed = TrialStatus("FAILED", None, obstacle, is_damaged=True)
+        obstructed = TrialStatus("FAILED", (), obstacle, is_damaged=True)
         if obstacle and not run_dir.is_dir():
             return obstructed
         try:
             status = read_status(run_dir)
         except DamagedFileError as error:
-            return TrialStatus("FAILED", None, str(error), log, is_damaged=True)
+            return TrialStatus("FAILED", (), str(error), log, is_damaged=True)
         cause = " ".join(line.strip() for line in (status.get("cause") or "").strip().split("\n")[:2]).rstrip(":")
         state, step = status.get("state", "WAITING"), status.get("step", 0)
-        found = TrialStatus(state, None, cause, log, step, status.get("num_steps"))
+        found = TrialStatus(state, (), cause, log, step, status.get("num_steps"))
         if is_running:
             found = replace(found, state="RUNNING", cause="")
         elif obstacle and not found.is_over:
@@ -175,19 +180,20 @@ class SweepFolder:
         elif found.is_over and (problem := foreign_journal(run_dir, status)):
             return replace(found, state="FAILED", cause=problem, is_damaged=True)
         elif found.state == "FINISHED":
-            value, problem, warning = objective(run_dir, metric, status)
+            values, problem, warning = objectives(run_dir, metrics, status)
             state = "FAILED" if problem else "FINISHED"
-            return replace(found, state=state, value=value, cause=problem, warning=warning)
+            return replace(found, state=state, values=values, cause=problem, warning=warning)
         elif found.state == "RUNNING":
             found = replace(found, state="FAILED", cause=f"killed at step {found.step}")
         if found.state == "WAITING":
             return found
-        values, elapsed_seconds = reported(run_dir, metric)
-        return replace(found, last=values[-1] if values else None, elapsed_seconds=elapsed_seconds)
+        reports, elapsed_seconds = reported(run_dir, metrics)
+        last = tuple(values[-1] if values else None for values in reports)
+        return replace(found, last=last, elapsed_seconds=elapsed_seconds)
 
     def reports(self, number: int, metric: str) -> list[float]:
         """Return what a trial has reported: its values of the metric at its evaluations."""
-        return reported(self.run_dir(number), metric)[0]
+        return reported(self.run_dir(number), [metric])[0][0]
 
     def held(self, numbers: Sequence[int]) -> Iterator[tuple[int, str]]:
         """Yield the trials whose folder a living process holds, and which."""

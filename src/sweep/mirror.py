@@ -70,7 +70,7 @@ class Mirror:
             if known[name] != here:
                 raise SweepError(f"it has a study {name} already, of {known[name]}; choose another sweep.name")
             library.delete_study(study_name=name, storage=storage)
-        study = library.create_study(study_name=name, storage=storage, direction=self._plan.config.direction.value)
+        study = library.create_study(study_name=name, storage=storage, directions=self._plan.config.directions)
         study.set_user_attr(FOLDER, here)
         return TrialWriter(study, spanning(self._plan.axes, self._first))
 

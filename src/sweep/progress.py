@@ -34,12 +34,12 @@ class TableRow:
 class ProgressTable:
     """Shows how far a sweep is. On a terminal the table is drawn anew in place; elsewhere only events are printed."""
 
-    def __init__(self, name: str, metric: str) -> None:
+    def __init__(self, name: str, metrics: Sequence[str]) -> None:
         from rich.console import Console as Terminal
         from rich.live import Live
 
         self._terminal = terminal = Terminal()
-        self._name, self._metric = name, metric
+        self._name, self._metrics = name, metrics
         self._last = time.monotonic()
         self._live = Live(console=terminal, auto_refresh=False, transient=True) if terminal.is_terminal else None
 
@@ -77,13 +77,13 @@ class ProgressTable:
         from src.tracking.cells import Cell, new_table
 
         table = new_table(f"{self._name}   {summary}")
-        for heading in ("trial", "overrides", "state", "step", self._metric, "left"):
+        for heading in ("trial", "overrides", "state", "step", *self._metrics, "left"):
             is_text = heading in ("overrides", "state")
             table.add_column(Cell(heading), justify="left" if is_text else "right", overflow="fold")
         shown, hidden = _chosen(entries, self._terminal.size.height - MARGIN)
         for entry in shown:
             state = entry.status.state
-            cells = [Cell(cell) for cell in _cells(entry)]
+            cells = [Cell(cell) for cell in _cells(entry, len(self._metrics))]
             cells[2].stylize(COLOURS.get(state, ""))
             table.add_row(*cells, style="dim" if state == "WAITING" else "bold" if entry.is_best else "")
         if hidden:
@@ -104,15 +104,16 @@ def _chosen(entries: Sequence[TableRow], most: int) -> tuple[list[TableRow], int
     return [entry for entry in entries if entry.trial.number in shown], len(entries) - len(shown)
 
 
-def _cells(entry: TableRow) -> tuple[str, ...]:
+def _cells(entry: TableRow, num_metrics: int) -> tuple[str, ...]:
     status = entry.status
-    value = status.last if status.value is None else status.value
+    shown = ["" if value is None else f"{value:.4g}" for value in status.newest] or [""] * num_metrics
+    if entry.is_best:
+        shown[-1] += " best" if num_metrics == 1 else " front"
     step = f"{status.step}/{status.num_steps}" if status.num_steps else str(status.step or "")
     left = ""
     if status.state == "RUNNING" and status.num_steps and status.step and status.elapsed_seconds:
         left = clock(status.elapsed_seconds / status.step * (status.num_steps - status.step))
-    shown = "" if value is None else f"{value:.4g}{' best' if entry.is_best else ''}"
-    return str(entry.trial.number), short_numbers(entry.trial.label), status.state.lower(), step, shown, left
+    return str(entry.trial.number), short_numbers(entry.trial.label), status.state.lower(), step, *shown, left
 
 
 def listing(
@@ -122,7 +123,7 @@ def listing(
     width = max((len(trial.label) for trial in trials), default=0)
     for trial in trials:
         status = statuses[trial.number]
-        value = "" if status.value is None else f"  {status.value:.4g}"
+        value = "".join(f"  {value:.4g}" for value in status.values)
         mark = "  to run" if trial.number in marked else ""
         console.say(f"  {trial.number:>4}  {trial.label:<{width}}  {status.state.lower()}{value}{mark}")
 
@@ -137,10 +138,10 @@ def failures(failed: Sequence[tuple[Trial, TrialStatus]], console: Console) -> N
             console.say(f"        {status.log.relative_to(Path.cwd()) if is_below else status.log}")
 
 
-def ending(status: TrialStatus, metric: str) -> str:
+def ending(status: TrialStatus, metrics: Sequence[str]) -> str:
     """Return how a trial ended, in a line."""
     if status.state == "WAITING":
         return "stopped before it began"
     if status.state == "FINISHED":
-        return f"finished, {metric} {status.value:.6g}"
+        return ", ".join(["finished", *(f"{m} {value:.6g}" for m, value in zip(metrics, status.values, strict=True))])
     return f"{status.state.lower()}{f': {status.cause}' if status.cause else ''}"

@@ -9,11 +9,13 @@ from src.config.frozen import SWEEP
 from src.errors import DamagedFileError, SweepError, report
 from src.metrics import METRICS, is_detail
 from src.ranking import leaderboard
-from src.ranking.ranking import MEMORY, SECONDS, Direction, Result, Row, conclusion, rank
+from src.ranking.pareto import Goals, front_conclusion, rank_by_several
+from src.ranking.ranking import MEMORY, SECONDS, Result, Row, conclusion, rank
 from src.sweep.folder import SweepFolder, TrialStatus
 from src.sweep.trial import Trial
 from src.tracking.late_metrics import read_summary
 from src.tracking.lock import hold
+from src.util import as_tuple
 
 MOST_MEASURES = 3  # metrics beside the one that ranks
 
@@ -23,16 +25,15 @@ class Standings:
     """What a sweep's folder says of its settings and trials."""
 
     folder: Path
-    rows: list[Row]
+    rows: Sequence[Row]
     trials: Sequence[Trial]
     statuses: Mapping[int, TrialStatus]
-    metric: str
-    direction: Direction
+    goals: Goals
     conclusion: str
 
     @property
     def title(self) -> str:
-        return f"{self.metric}, {self.direction}d"
+        return leaderboard.title(self.goals)
 
     def finished(self, num_settings: int | None = None) -> list[Path]:
         """Return the folders of the finished trials of the best settings; None: of all."""
@@ -42,46 +43,50 @@ class Standings:
 
     def write(self) -> None:
         """Write the leaderboard into the sweep's folder."""
-        leaderboard.write(self.rows, self.folder, self.metric, self.direction, self.conclusion)
+        leaderboard.write(self.rows, self.folder, self.goals, self.conclusion)
 
 
 def rank_trials(
     folder: Path, trials: Sequence[Trial], statuses: Mapping[int, TrialStatus], name: str, sweep: Mapping[str, Any]
 ) -> Standings:
     """Rank the settings of the trials in a sweep's folder; `sweep` are its own keys."""
-    metric, direction = sweep["metric"], sweep["direction"]
-    results = [_result(trial, statuses[trial.number], name, folder, metric) for trial in trials]
+    metrics = as_tuple(sweep["metric"])
+    goals: Goals = dict(zip(metrics, as_tuple(sweep["direction"]), strict=True))
+    results = [_result(trial, statuses[trial.number], name, folder, metrics) for trial in trials]
     has_folds = len({trial.fold for trial in trials}) > 1
     num_folds = trials[0].config["data"]["num_folds"] if has_folds else None
-    rows = rank(results, direction=direction, num_folds=num_folds)
     can_add = sweep.get("sampler", "grid") == "grid"  # what a sampler proposed is not tried with other seeds
-    return Standings(
-        folder, rows, trials, statuses, metric, direction, conclusion(rows, metric, name if can_add else None)
-    )
+    named = name if can_add else None
+    if len(goals) > 1:
+        several = rank_by_several(results, goals, num_folds)
+        return Standings(folder, several, trials, statuses, goals, front_conclusion(several, goals, named))
+    rows = rank(results, direction=goals[metrics[0]], num_folds=num_folds)
+    return Standings(folder, rows, trials, statuses, goals, conclusion(rows, metrics[0], named))
 
 
-def _result(trial: Trial, status: TrialStatus, sweep_name: str, folder: Path, metric: str) -> Result:
+def _result(trial: Trial, status: TrialStatus, sweep_name: str, folder: Path, metrics: tuple[str, ...]) -> Result:
     """Return a trial as the ranking needs it."""
     label = trial.setting_label or sweep_name
     model = next((text.partition("=")[2] for text in trial.overrides if text.startswith("model=")), "")
     if model:
         label = " ".join(text for text in label.split(" ") if text != f"model={model}")
-    measures = _measures(folder / str(trial.number), metric) if status.value is not None else {}
+    measures = _measures(folder / str(trial.number), metrics) if status.values else {}
     replicate = (trial.seed, trial.fold)
-    return Result(trial.number, trial.setting, label, model, replicate, status.state, status.value, measures)
+    return Result(trial.number, trial.setting, label, model, replicate, status.state, status.values, measures)
 
 
-def _measures(run_dir: Path, metric: str) -> dict[str, float]:
-    """Return what a run cost, and other scores of the set that the metric is of, those of generated text first."""
+def _measures(run_dir: Path, metrics: tuple[str, ...]) -> dict[str, float]:
+    """Return what a run cost, and other scores of the set that the first metric is of, generated text's first."""
     try:
         summary = read_summary(run_dir)
     except DamagedFileError:  # its status says so
         return {}
-    of_set, _, ranked = metric.rpartition("/")
+    of_set, _, ranked = metrics[0].rpartition("/")
     scores = [name.rpartition("/")[2] for name in summary if of_set and name.rpartition("/")[0] == of_set]
     shown = [score for score in scores if not is_detail(score) and score not in (ranked, "perplexity")]
     shown.sort(key=lambda score: score not in METRICS)
-    names = [SECONDS, MEMORY, *(f"{of_set}/{score}" for score in shown[:MOST_MEASURES])]
+    names = [SECONDS, MEMORY, *(f"{of_set}/{score}" for score in shown if f"{of_set}/{score}" not in metrics[1:])]
+    names = [name for name in names[: 2 + MOST_MEASURES] if len(metrics) == 1 or name not in metrics]
     return {name: summary[name] for name in names if name in summary}
 
 
@@ -94,7 +99,7 @@ def read_standings(sweep: Path) -> Standings:
     record.check_places(trials)
     held = {number for number, _ in record.held([trial.number for trial in trials])}
     statuses = {
-        trial.number: record.status(trial.number, content["sweep"]["metric"], is_running=trial.number in held)
+        trial.number: record.status(trial.number, as_tuple(content["sweep"]["metric"]), is_running=trial.number in held)
         for trial in trials
     }
     return rank_trials(sweep, trials, statuses, content["name"], content["sweep"])

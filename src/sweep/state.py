@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from src.config.schema import Direction, Pruner, Sampler
+from src.ranking.pareto import front, point_of
 from src.sweep.folder import TRIAL_STATES, SweepFolder, TrialStatus
 from src.sweep.plan import Plan
 from src.sweep.progress import TableRow
@@ -17,7 +18,7 @@ from src.sweep.study import Unit
 from src.sweep.trial import Trial
 from src.tracking.live import clock
 from src.tracking.run_folder import now
-from src.util import plural
+from src.util import as_tuple, one_or_list, plural
 
 
 class SweepState:
@@ -31,13 +32,13 @@ class SweepState:
         self.unit_of: dict[str, int] = {}  # the identity of a trial -> its unit
         for trial in trials:
             self.add(trial)
-        self.statuses = {number: folder.status(number, plan.config.metric) for number in self.trials}
+        self.statuses = {number: folder.status(number, plan.config.metrics) for number in self.trials}
         self.todo = set(todo)  # the numbers of the trials that the command asks for
         self.queue = self._ordered(todo)
-        self._better = min if plan.config.direction is Direction.minimize else max
+        self._better = [min if one is Direction.minimize else max for one in plan.config.directions]
         before = folder.read()
         judged = [before.get("sweep", {}).get(key) for key in ("metric", "direction")]
-        is_same = judged == [plan.config.metric, plan.config.direction.value]
+        is_same = judged == [plan.config.metric, plan.config.direction]
         self.history: list[dict[str, Any]] = list(before.get("history", [])) if is_same else []
         self._started, self._started_at = before.get("started") or now(), time.time()
         self._seconds_before = float(before.get("elapsed_seconds", 0.0))
@@ -76,27 +77,28 @@ class SweepState:
         trials = self._units[unit]
         return [one for one in trials if one.number in self.todo or self.statuses[one.number].is_over]
 
-    def mean(self, unit: int) -> float | None:
-        """Return the mean of a unit's values; None where one is missing."""
-        values = [self.statuses[trial.number].value for trial in self.of_unit(unit)]
-        known = [value for value in values if value is not None]
-        return sum(known) / len(known) if known and len(known) == len(values) else None
+    def means(self, unit: int) -> tuple[float, ...]:
+        """Return the means of a unit's values, one of each metric; none where a value is missing."""
+        values = [self.statuses[trial.number].values for trial in self.of_unit(unit)]
+        return tuple(sum(of) / len(of) for of in zip(*values, strict=True)) if all(values) else ()
 
     def note(self, number: int, status: TrialStatus) -> None:
         """Add a finished trial to the history."""
-        value = status.value
-        assert value is not None
-        best = self._better(self.history[-1]["best"], value) if self.history else value
-        self.history.append({"trial": number, "value": value, "best": best, "elapsed_seconds": self._elapsed()})
+        before = as_tuple(self.history[-1]["best"]) if self.history else status.values
+        best = [better(pair) for better, *pair in zip(self._better, before, status.values, strict=True)]
+        found = {"value": one_or_list(status.values), "best": one_or_list(best)}
+        self.history.append({"trial": number, **found, "elapsed_seconds": self._elapsed()})
 
     def _elapsed(self) -> float:
         return round(self._seconds_before + time.time() - self._started_at, 3)
 
     @property
-    def best(self) -> Trial | None:
-        """The trial with the best value so far."""
-        valued = {number: status.value for number, status in self.statuses.items() if status.value is not None}
-        return self.trials[self._better(valued, key=valued.__getitem__)] if valued else None
+    def best(self) -> list[Trial]:
+        """The trial with the best value so far; by several metrics those on the Pareto front of trials."""
+        directions = self.plan.config.directions
+        valued = {number: status.values for number, status in self.statuses.items() if status.values}
+        found = front({number: point_of(of, (one.value for one in directions)) for number, of in valued.items()})
+        return [self.trials[number] for number in (found if len(directions) > 1 else found[:1])]
 
     def counts(self) -> dict[str, int]:
         """Return the number of trials in each state."""
@@ -125,12 +127,15 @@ class SweepState:
 
     def entries(self) -> list[TableRow]:
         """Return the rows of the table of progress."""
-        best = self.best
-        return [TableRow(trial, self.statuses[number], trial is best) for number, trial in sorted(self.trials.items())]
+        best = {trial.number for trial in self.best}
+        return [TableRow(trial, self.statuses[number], number in best) for number, trial in sorted(self.trials.items())]
 
     def content(self, state: str) -> dict[str, Any]:
         """Return what sweep.json says."""
-        best = self.best
+        best = [
+            {"trial": one.number, "value": one_or_list(self.statuses[one.number].values), "overrides": one.label}
+            for one in self.best
+        ]
         return {
             "name": self.plan.name,
             "id": self.plan.line.sweep_id,
@@ -143,7 +148,7 @@ class SweepState:
             "sweep": self.plan.settings,
             "num_trials": self.total,
             "counts": self.counts(),
-            "best": best and {"trial": best.number, "value": self.statuses[best.number].value, "overrides": best.label},
+            "best": best if len(self._better) > 1 else next(iter(best), None),
             "history": self.history,
             **({"signatures": self.plan.signatures} if self.plan.signatures else {}),
         }
@@ -172,7 +177,7 @@ def units_of(state: SweepState) -> Iterator[Unit]:
             found = "RUNNING"
         elif states == {"WAITING"} and plan.is_listed:
             found = "WAITING"
-        value = state.mean(number) if found == "FINISHED" else None
+        values = state.means(number) if found == "FINISHED" else ()
         first = min(trials, key=lambda trial: trial.number)
-        reports = state.folder.reports(first.number, plan.config.metric) if ends_early else []
-        yield Unit(number, first.overrides, found, value, tuple(reports), first.sampler)
+        reports = state.folder.reports(first.number, plan.config.metrics[0]) if ends_early else []
+        yield Unit(number, first.overrides, found, values, tuple(reports), first.sampler)

@@ -24,13 +24,14 @@ OPTUNA_STATES = {"FINISHED": "COMPLETE", "FAILED": "FAIL"}  # others have the sa
 class Unit:
     """What the sweep's folder says of a unit.
 
-    `reports` are its values at evaluations 1, 2, …, `value` its result; `attrs` what the sampler noted with it.
+    `reports` are its values at evaluations 1, 2, …, `values` its result, one of each metric; `attrs` what the sampler
+    noted with it.
     """
 
     number: int
     overrides: tuple[str, ...]
     state: str = "RUNNING"  # or WAITING, FINISHED, PRUNED, FAILED
-    value: float | None = None
+    values: tuple[float, ...] = ()
     reports: tuple[float, ...] = ()
     attrs: Mapping[str, Any] | None = None
 
@@ -70,7 +71,7 @@ class TrialWriter:
                 self._storage.set_trial_intermediate_value(trial_id, evaluation, value)
             if unit.state != before.state:
                 state = optuna().trial.TrialState[OPTUNA_STATES.get(unit.state, unit.state)]
-                self._storage.set_trial_state_values(trial_id, state, None if unit.value is None else [unit.value])
+                self._storage.set_trial_state_values(trial_id, state, unit.values or None)
         assert trial_id is not None
         self._written[unit.number] = trial_id, unit
 
@@ -106,8 +107,8 @@ class Study:
     def _optuna(self) -> tuple[Any, TrialWriter]:
         """Return Optuna's study, made when it is first needed: a grid needs none."""
         if self._built is None:
-            pruner, direction = _pruner(self._config), self._config.direction.value
-            study = optuna().create_study(study_name="sweep", direction=direction, pruner=pruner)
+            directions, pruner = list(self._config.directions), _pruner(self._config)
+            study = optuna().create_study(study_name="sweep", directions=directions, pruner=pruner)
             writer = TrialWriter(study, {key: distribution(axis) for key, axis in self._axes.items()})
             self._built = study, writer
             for unit in [*self._earlier, *self.units.values()]:
@@ -131,10 +132,10 @@ class Study:
         if unit.state == "RUNNING" and len(reports) > len(unit.reports):
             self._set(replace(unit, reports=tuple(reports)))
 
-    def end(self, number: int, state: str, value: float | None = None) -> None:
-        """Note how a unit ended: FINISHED with its value, PRUNED or FAILED."""
+    def end(self, number: int, state: str, values: tuple[float, ...] = ()) -> None:
+        """Note how a unit ended: FINISHED with its values, PRUNED or FAILED."""
         if self.units[number].state == "RUNNING":
-            self._set(replace(self.units[number], state=state, value=value))
+            self._set(replace(self.units[number], state=state, values=values))
 
     def should_prune(self, number: int) -> bool:
         """Return whether a unit that is being tried looks worse than others did at its last evaluation."""
@@ -174,7 +175,7 @@ def trial_of(unit: Unit, distributions: Mapping[str, Any]) -> Any:
     known = {key: value_of(distributions[key], text) for key, text in held.items()}
     return library.trial.create_trial(
         state=library.trial.TrialState[OPTUNA_STATES.get(unit.state, unit.state)],
-        value=unit.value,
+        values=unit.values or None,
         params=known,
         distributions={key: distributions[key] for key in known},
         intermediate_values=dict(enumerate(unit.reports, 1)),

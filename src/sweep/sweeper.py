@@ -15,6 +15,7 @@ from src.config.schema import Device, EngineName
 from src.errors import Interrupted, RunFolderError, SweepError, TowlineError, is_disk_full, report, visible
 from src.figures import write_png
 from src.ranking import leaderboard
+from src.ranking.front_figures import figures
 from src.runtime.launch import ORPHAN_SECONDS
 from src.runtime.signals import StopRequest
 from src.sweep.controller import POLL_SECONDS, UNENDED, SweepController
@@ -36,7 +37,7 @@ from src.sweep.warm_start import earlier_units
 from src.tracking.console import Console
 from src.tracking.lock import hold
 from src.tracking.tracker import open_sweep_tracking
-from src.util import plural
+from src.util import as_tuple, plural
 
 ShowCost = Callable[[Plan, Sequence[Trial], int, Console], None]
 """Prints what trials will take: some of them, and how many there will be."""
@@ -140,7 +141,7 @@ def _run_trials(plan: Plan, record: SweepFolder, stop: StopRequest, engine: Engi
     """Hold the sweep's folder and run what is left to run in it; return the exit code."""
     with ExitStack() as until_the_end:
         until_the_end.enter_context(hold(plan.folder))
-        display = until_the_end.enter_context(ProgressTable(plan.name, plan.config.metric))
+        display = until_the_end.enter_context(ProgressTable(plan.name, plan.config.metrics))
         record.refuse_other()  # before anything is written
         if not plan.force:
             record.read()
@@ -207,10 +208,10 @@ def _dry_run(plan: Plan, record: SweepFolder, console: Console, show_cost: ShowC
     trials, todo = _trials(plan, record)
     numbers = [trial.number for trial in trials]
     held = {number for number, _ in record.held(numbers)}
-    statuses = {n: record.status(n, plan.config.metric, is_running=n in held) for n in numbers}
+    statuses = {n: record.status(n, plan.config.metrics, is_running=n in held) for n in numbers}
     _warn_of_damage(statuses, console)
     if plan.force:
-        statuses = {number: dataclasses.replace(one, state="WAITING", value=None) for number, one in statuses.items()}
+        statuses = {number: dataclasses.replace(one, state="WAITING", values=()) for number, one in statuses.items()}
     _show_space(plan, console)
     statuses |= early_replicates(trials, statuses)
     to_run = {number for number in todo if not statuses[number].is_over}
@@ -272,9 +273,8 @@ def _report_results(state: SweepState, display: ProgressTable, console: Console)
     found = rank_trials(plan.folder, trials, state.statuses, plan.name, plan.settings)
     found.write()
     if state.history:
-        values = [point["value"] for point in state.history]
-        history = leaderboard.history_figure(values, found.metric, found.direction)
-        for figure in (leaderboard.settings_figure(found.rows, found.metric), history):
+        history = [as_tuple(point["value"]) for point in state.history]
+        for figure in figures(found.rows, found.goals, history):
             write_png(figure, plan.folder / "plots" / f"{figure.key}.png")
     display.show_results(lambda width: leaderboard.table(found.rows, found.title, width))
     console.say(found.conclusion)

@@ -4,16 +4,17 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from src.errors import SweepError
 from src.records import NUMBER, Types, check_keys, read_lines
 from src.sweep.folder import SweepFolder
 from src.sweep.plan import Plan
 from src.sweep.study import Unit
-from src.util import write_atomically
+from src.util import as_tuple, in_words, one_or_list, plural, write_atomically
 
 FILE = "warm_start.jsonl"
-KEYS: Mapping[str, Types] = {"overrides": list, "value": NUMBER}
+KEYS: Mapping[str, Types] = {"overrides": list, "value": (*NUMBER, list)}
 
 
 def earlier_units(plan: Plan) -> list[Unit]:
@@ -23,27 +24,35 @@ def earlier_units(plan: Plan) -> list[Unit]:
     """
     if plan.config.warm_start is None:
         return []
-    file = plan.folder / FILE
+    file, metrics = plan.folder / FILE, plan.config.metrics
     if not file.exists():
-        found = list(_results(Path(plan.config.warm_start), plan.config.metric))
+        found = list(_results(Path(plan.config.warm_start), metrics))
         if not found:
-            reason = f"no trial there has finished with a value of {plan.config.metric}"
+            reason = f"no trial there has finished with a value of {in_words(metrics)}"
             raise SweepError(f"sweep.warm_start = {plan.config.warm_start}: {reason}")
         write_atomically(file, "".join(json.dumps(one) + "\n" for one in found))
     remedy = "Remove it, and it is made of sweep.warm_start again."
-    lines = [line.content for line in read_lines(file, lambda line, _: check_keys(line, KEYS), remedy=remedy)]
+
+    def check(line: Mapping[str, Any], _: Any) -> None:
+        check_keys(line, KEYS)
+        if (count := len(as_tuple(line["value"]))) != len(metrics):
+            raise ValueError(f"its value is of {plural(count, 'metric')}, and the sweep has {len(metrics)}")
+
+    lines = [line.content for line in read_lines(file, check, remedy=remedy)]
     return [
-        Unit(-number, tuple(line["overrides"]), "FINISHED", line["value"]) for number, line in enumerate(lines, start=1)
+        Unit(-number, tuple(line["overrides"]), "FINISHED", as_tuple(line["value"]))
+        for number, line in enumerate(lines, start=1)
     ]
 
 
-def _results(folder: Path, metric: str) -> Iterator[dict[str, object]]:
-    """Yield the overrides and the mean value of each finished setting of a sweep."""
-    record, of_setting = SweepFolder(folder), dict[str, list[tuple[tuple[str, ...], float]]]()
+def _results(folder: Path, metrics: tuple[str, ...]) -> Iterator[dict[str, object]]:
+    """Yield the overrides and the mean value of each finished setting of a sweep; of several metrics a list."""
+    record, of_setting = SweepFolder(folder), dict[str, list[tuple[tuple[str, ...], tuple[float, ...]]]]()
     if not record.read():
         raise SweepError(f"sweep.warm_start = {folder}: there is no sweep")
     for trial in record.trials():
-        if (value := record.status(trial.number, metric).value) is not None:
-            of_setting.setdefault(trial.setting, []).append((trial.overrides, value))
+        if values := record.status(trial.number, metrics).values:
+            of_setting.setdefault(trial.setting, []).append((trial.overrides, values))
     for found in of_setting.values():
-        yield {"overrides": list(found[0][0]), "value": mean(value for _, value in found)}
+        means = tuple(map(mean, zip(*(values for _, values in found), strict=True)))
+        yield {"overrides": list(found[0][0]), "value": one_or_list(means)}

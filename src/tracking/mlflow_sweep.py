@@ -21,7 +21,7 @@ from src.tracking.mlflow_run import MlflowRunExporter
 from src.tracking.mlflow_state import read_tracking
 from src.tracking.own_files import FIGURES, PAGE
 from src.tracking.sweep_files import check_checksum, holds_another, read_sweep
-from src.util import value_at
+from src.util import as_tuple, value_at
 
 LEADERBOARD = "leaderboard.json"
 ARTIFACTS = (SWEEP, "leaderboard.csv", LEADERBOARD, "leaderboard.md", PAGE)
@@ -119,10 +119,10 @@ class MlflowSweepExporter(MlflowExporter):
         yield from self._part_in_turns(self._deliver_trials(is_over=state is not None))
 
     def _last_values(self) -> Mapping[str, set[float]]:
-        delivered = self._sweep["history"][: self._num_delivered]
-        values = {name: [one[name] for one in delivered if one[name] is not None] for name in ("value", "best")}
-        counts = {name: {float(value)} for name, value in (self._state.get("counts") or {}).items()}
-        return {name: {float(several[-1])} for name, several in values.items() if several} | counts
+        sweep, values = self._sweep, dict[str, set[float]]()
+        for point in sweep["history"][: self._num_delivered]:
+            values |= {name: {float(value)} for name, value in _values_of(point, sweep)}
+        return values | {name: {float(value)} for name, value in (self._state.get("counts") or {}).items()}
 
     def _query_store(self, client: Any, run: Any) -> dict[str, Any]:
         """Return the counts that the store has; values are dated by themselves, so that a repeat is no second point."""
@@ -150,10 +150,9 @@ class MlflowSweepExporter(MlflowExporter):
         for first in range(self._num_delivered, len(history), TRIALS_AT_ONCE):
             some = history[first : first + TRIALS_AT_ONCE]
             self._run.log_points(
-                (name, trial[name], milliseconds(sweep["started"], trial["elapsed_seconds"]), step)
+                (name, value, milliseconds(sweep["started"], trial["elapsed_seconds"]), step)
                 for step, trial in enumerate(some, first + 1)
-                for name in ("value", "best")
-                if trial[name] is not None
+                for name, value in _values_of(trial, sweep)
             )
             self._save_state(history=first + len(some))
 
@@ -240,6 +239,14 @@ class MlflowSweepExporter(MlflowExporter):
             return None
         except DamagedFileError:
             return {"uri": "", "run_id": None}
+
+
+def _values_of(point: Mapping[str, Any], sweep: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the numbers of an entry of the history by their names: `value`, `best`; of several metrics one of each."""
+    for name in ("value", "best"):
+        metrics = sweep["sweep"].get("metric")
+        names = [f"{name}/{metric}" for metric in metrics] if isinstance(metrics, list) else [name]
+        yield from ((one, value) for one, value in zip(names, as_tuple(point[name]), strict=True) if value is not None)
 
 
 def sweep_tracking(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A finished or unfinished run's values of one metric, as its folder says: what sweeps compare runs by."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,16 @@ def foreign_journal(run_dir: Path, status: Mapping[str, Any]) -> str:
     return str(damaged(run_dir / METRICS, reason, _remedy(run_dir)))
 
 
-def objective(run_dir: Path, metric: str, status: Mapping[str, Any]) -> tuple[float | None, str, str]:
+def objectives(run_dir: Path, metrics: Sequence[str], status: Mapping[str, Any]) -> tuple[tuple[float, ...], str, str]:
+    """Return a finished run's values of metrics, or none and why one is missing, and a warning, as `_objective`."""
+    found = [_objective(run_dir, metric, status) for metric in metrics]
+    values = tuple(value for value, _, _ in found if value is not None)
+    problem = next((problem for _, problem, _ in found if problem), "")
+    warnings = dict.fromkeys(warning for _, _, warning in found if warning)
+    return () if problem else values, problem, "; ".join(warnings)
+
+
+def _objective(run_dir: Path, metric: str, status: Mapping[str, Any]) -> tuple[float | None, str, str]:
     """Return a finished run's value of the metric, or why it has none, and a warning.
 
     Where summary.json is damaged or missing, the value is that of metrics.jsonl, which has the same.
@@ -67,14 +76,14 @@ def _logged(run_dir: Path, metric: str, status: Mapping[str, Any]) -> float | No
     return float(values[-1] if name == metric else best(values))
 
 
-def reported(run_dir: Path, metric: str) -> tuple[list[float], float]:
-    """Return a run's values of the metric at its evaluations, and how many seconds it had taken by its last line."""
-    name = metric.removeprefix("best/")
+def reported(run_dir: Path, metrics: Sequence[str]) -> tuple[list[list[float]], float]:
+    """Return a run's values of each metric at its evaluations, and how many seconds it had taken by its last line."""
+    names = [metric.removeprefix("best/") for metric in metrics]
     try:
         lines = [line.content for line in read_step_log(run_dir, METRICS)]
     except DamagedFileError:  # the run itself reports it, when it resumes
         lines = []
-    values = [float(line[name]) for line in lines if line.get(name) is not None]
+    values = [[float(line[name]) for line in lines if line.get(name) is not None] for name in names]
     return values, max((line.get("perf/elapsed_seconds") or 0.0 for line in lines), default=0.0)
 
 

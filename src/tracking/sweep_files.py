@@ -34,7 +34,8 @@ def read_sweep(folder: Path, more: Mapping[str, Types] | None = None, remedy: st
             where = f"history, entry {number}: "
             if not isinstance(point, dict):
                 raise ValueError(f"no object but {json.dumps(point)[:40]}")
-            check_keys(point, POINT_KEYS)
+            for one in _by_metric(point, content["sweep"].get("metric")):
+                check_keys(one, POINT_KEYS)
         where = "counts: "
         check_keys(counts, dict.fromkeys(counts, int))
         where = ""
@@ -42,6 +43,16 @@ def read_sweep(folder: Path, more: Mapping[str, Types] | None = None, remedy: st
     except ValueError as error:
         raise damaged(folder / SWEEP, f"{where}{error}", remedy) from error
     return content
+
+
+def _by_metric(point: dict[str, Any], metrics: Any) -> list[dict[str, Any]]:
+    """Return an entry of the history by each of several metrics; by one as it is."""
+    if not isinstance(metrics, list):
+        return [point]
+    both = [point.get(name) for name in ("value", "best")]
+    if not all(isinstance(of, list) and len(of) == len(metrics) for of in both):
+        raise ValueError(f"value and best are not of {len(metrics)} metrics")
+    return [point | {"value": value, "best": best} for value, best in zip(*both, strict=True)]
 
 
 def with_checksum(line: Mapping[str, Any]) -> dict[str, Any]:

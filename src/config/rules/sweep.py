@@ -3,6 +3,7 @@
 import importlib.util
 import math
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from src.config.axes import REPLICATED, Axis, size
 from src.config.problems import COMMAND_LINE, Problem
@@ -10,7 +11,7 @@ from src.config.rules.checkpoint import scores_of
 from src.config.rules.rule import Problems
 from src.config.schema import Direction, Pruner, RunConfig, Sampler, SweepConfig
 from src.metrics import THOUGHT_LOSSES, greater_is_better
-from src.util import in_words
+from src.util import in_words, plural
 
 KNOWN_METRICS = (
     *("train/loss", "train/objective", *(f"train/{name}" for name in THOUGHT_LOSSES), "train/grad_norm"),
@@ -26,12 +27,16 @@ def sweep_problems(sweep: SweepConfig, config: RunConfig) -> Problems:
     if (resume := config.checkpoint.resume) != "auto":
         more = "" if resume == "never" else "; to begin with weights, init_from"
         yield Problem("checkpoint.resume", f"a sweep resumes its trials: auto{more}", resume)
-    metric = sweep.metric.removeprefix("best/")
+    for metric, direction in zip_longest(sweep.metrics, sweep.directions[: len(sweep.metrics)]):
+        yield from _metric_problems(metric, direction, sweep.pruner is not Pruner.none, config)
+
+
+def _metric_problems(given: str, direction: Direction | None, is_early: bool, config: RunConfig) -> Problems:
+    metric = given.removeprefix("best/")
     kind, _, rest = metric.partition("/")
     set_name, _, score = rest.rpartition("/")
     if kind == "eval":
         scores, test_sets = scores_of(config.data, config.evaluation, config.tokens), list(config.data.test_sets())
-        is_early = sweep.pruner is not Pruner.none
         sets = [*config.data.validation_names(), *([] if is_early else test_sets)]
         if score not in scores or set_name not in sets:
             allowed = ", ".join(f"eval/{name}/{one}" for name in sets for one in scores)
@@ -39,17 +44,17 @@ def sweep_problems(sweep: SweepConfig, config: RunConfig) -> Problems:
             if is_early and set_name in test_sets and score in scores:
                 at_end = "known at the end only, so no run can end early by it"
                 reason = f"{at_end}: sweep.pruner=none, or a validation set's"
-            yield Problem("sweep.metric", reason, sweep.metric)
+            yield Problem("sweep.metric", reason, given)
             return
     elif metric not in KNOWN_METRICS and not metric.startswith("tokens/"):
         allowed = f"a name of summary.json: eval/<set>/<score>, {', '.join(KNOWN_METRICS)}"
-        yield Problem("sweep.metric", f"no run computes this; {allowed}", sweep.metric)
+        yield Problem("sweep.metric", f"no run computes this; {allowed}", given)
         return
     if kind == "eval" or metric == "train/loss":
         better = Direction.maximize if greater_is_better(metric) else Direction.minimize
-        if sweep.direction is not better:
-            reason = f"{sweep.metric} is better when it is {'higher' if better is Direction.maximize else 'lower'}"
-            yield Problem("sweep.direction", f"{reason}: {better.value}", sweep.direction.value)
+        if direction is not None and direction is not better:
+            reason = f"{given} is better when it is {'higher' if better is Direction.maximize else 'lower'}"
+            yield Problem("sweep.direction", f"{reason}: {better.value}", direction.value)
 
 
 def count_problems(sweep: SweepConfig, axes: Sequence[Axis], *, is_own_sweeper: bool) -> Problems:
@@ -76,6 +81,7 @@ def _written(count: float) -> str:
 
 def axis_problems(sweep: SweepConfig, of_settings: Sequence[Axis], of_replicates: Sequence[Axis]) -> Problems:
     """Yield what can't be varied in this way, and samplers that have nothing to do or can't do it."""
+    yield from objective_problems(sweep)
     sampler = sweep.sampler
     for axis in [*of_settings, *of_replicates]:
         if axis.interval and axis.key in REPLICATED:
@@ -92,3 +98,18 @@ def axis_problems(sweep: SweepConfig, of_settings: Sequence[Axis], of_replicates
     if sweep.warm_start is not None and sampler not in LEARNING:
         names = in_words([one.name for one in LEARNING], "or")
         yield Problem("sweep.warm_start", f"only {names} learn from it: sweep.sampler", sweep.warm_start)
+
+
+def objective_problems(sweep: SweepConfig) -> Problems:
+    """Yield metrics without a direction each, one that is there twice, and what can't be done by several."""
+    metrics = sweep.metrics
+    if len(metrics) != len(sweep.directions):
+        reason = f"not one for each of {plural(len(metrics), 'metric')}, in their order"
+        yield Problem("sweep.direction", reason, sweep.direction)
+    for metric in {one: None for one in metrics if metrics.count(one) > 1}:
+        yield Problem("sweep.metric", f"{metric} is there twice", sweep.metric)
+    if len(metrics) > 1 and sweep.pruner is not Pruner.none:
+        reason = f"ends runs early by one metric, and there are {len(metrics)}: sweep.pruner=none"
+        yield Problem("sweep.pruner", reason, sweep.pruner.name)
+    if len(metrics) > 1 and sweep.sampler is Sampler.cmaes:
+        yield Problem("sweep.sampler", "searches by one metric: tpe, gp, random or qmc", sweep.sampler.name)
