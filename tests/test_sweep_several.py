@@ -12,8 +12,10 @@ import pytest
 from src.errors import ConfigError, DamagedFileError
 from src.report import page_of
 from src.reporting.page import Table
-from src.sweep.folder import SweepFolder
+from src.sweep.folder import SweepFolder, TrialStatus
+from src.sweep.progress import ProgressTable, TableRow, ending
 from src.sweep.study import Study, Unit
+from src.sweep.trial import Trial
 from src.sweep.warm_start import earlier_units
 from tests.sweeps import board_of, planned, starts, study_of
 
@@ -46,6 +48,17 @@ def test_what_can_not_be_compared_is_refused(arguments: list[str], words: list[s
 def test_a_list_of_one_is_the_text_itself() -> None:
     listed = planned("sweep.name=n", "seed=1,2", f"sweep.metric=[{LOSS}]", "sweep.direction=[minimize]")
     assert listed.settings == planned("sweep.name=n", "seed=1,2").settings
+
+
+def test_the_table_of_progress_has_a_column_a_metric_and_marks_the_front() -> None:
+    trial = Trial(0, 0, ("optimizer.lr=0.5",), "a", "b", 1, None, {})
+    done = TrialStatus("FINISHED", (0.25, 1200.0), step=9, num_steps=9)
+    table = ProgressTable("mine", ["loss", "tokens_seen"])._table([TableRow(trial, done, is_best=True)], "1 of 2")
+    shown = {str(column.header): [str(cell) for cell in column.cells] for column in table.columns}
+    assert (shown["loss"], shown["tokens_seen"]) == (["0.25"], ["1200 front"])
+    waiting = ProgressTable("mine", ["loss", "tokens_seen"])._table([TableRow(trial, TrialStatus("WAITING"))], "")
+    assert [[str(cell) for cell in column.cells] for column in waiting.columns][4:] == [[""], [""], [""]]
+    assert ending(done, ["loss", "tokens_seen"]) == "finished, loss 0.25, tokens_seen 1200"
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe", "gp", "qmc"])

@@ -22,8 +22,9 @@ def figures(rows: Sequence[Row], goals: Goals, history: Sequence[Sequence[float]
 
 def settings_figures(rows: Sequence[Row], goals: Goals) -> Iterator[Figure]:
     """Yield a figure of the settings by each metric."""
+    first = "the best" if len(goals) == 1 else "the front"
     for place, metric in enumerate(goals):
-        yield numbered(settings_figure(by_metric(rows, place), metric), place, goals)
+        yield numbered(settings_figure(by_metric(rows, place), metric, first), place, goals)
 
 
 def numbered(figure: Figure, place: int, goals: Goals) -> Figure:

@@ -265,8 +265,8 @@ def _groups(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
         yield group, [row for row in rows if row.group == group]
 
 
-def settings_figure(rows: Sequence[Row], metric: str) -> Figure:
-    """Return a figure of the settings' means, their intervals and each replicate, the best first.
+def settings_figure(rows: Sequence[Row], metric: str, first: str = "the best") -> Figure:
+    """Return a figure of the settings' means, their intervals and each replicate, in their order: who is `first`.
 
     Intervals much wider than the values are apart run out of it.
     """
@@ -291,7 +291,7 @@ def settings_figure(rows: Sequence[Row], metric: str) -> Figure:
     is_cut = any(not limits[0] <= end <= limits[1] for _, end in ends)
     return Figure(
         "settings",
-        f"{metric}: settings, the best first" + (f" {MOST_SHOWN}" if len(shown) == MOST_SHOWN else ""),
+        f"{metric}: settings, {first} first" + (f" {MOST_SHOWN}" if len(shown) == MOST_SHOWN else ""),
         "setting, by its place in the table",
         metric,
         series,
