@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import le
 from statistics import mean
 from typing import TypeVar
 
@@ -67,7 +68,7 @@ class FrontRow(Row):
 
 def dominates(one: Point, other: Point) -> bool:
     """Return whether a point is at least as good as another everywhere, and better somewhere."""
-    return one != other and all(ours <= theirs for ours, theirs in zip(one, other, strict=True))
+    return one != other and all(map(le, one, other))
 
 
 def front(points: Mapping[Key, Point]) -> list[Key]:
@@ -88,7 +89,7 @@ def layers(points: Mapping[Key, Point]) -> list[list[Key]]:
     found: list[list[Key]] = []
 
     def has_place(key: Key, layer: Sequence[Key]) -> bool:
-        return not any(dominates(points[one], points[key]) for one in layer)
+        return not any(dominates(points[one], points[key]) for one in reversed(layer))
 
     for key in sorted(points, key=points.__getitem__):
         place = bisect_left(found, True, key=partial(has_place, key))
