@@ -93,6 +93,7 @@ def test_a_search_that_was_killed_again_and_again_is_the_one_that_was_not(tmp_pa
     assert begin(tmp_path / "killed", Workers(run_and_die_once, 1, 1, uses_gpus=False)) == 0
     assert outcome(tmp_path / "killed") == whole
     assert list((tmp_path / "killed").glob("*/died"))
+    assert study_of(tmp_path / "killed").metric_names == ["eval/validation/loss"]
     copied = study_of(tmp_path / "killed").trials
     assert [dict(trial.intermediate_values) for trial in copied] == [
         dict(enumerate(values, 1)) for values in whole["values"].values()

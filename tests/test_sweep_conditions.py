@@ -81,7 +81,7 @@ def test_samplers_propose_a_key_with_its_option_only(sampler: str) -> None:
         for number in range(len(units), len(units) + count):
             proposal = study.propose(number, 0)
             study.accept(Unit(number, proposal.overrides, attrs=json.loads(json.dumps(proposal.attrs))))
-            study.end(number, "FINISHED", float(len(proposal.overrides[-1])))
+            study.end(number, "FINISHED", (float(len(proposal.overrides[-1])),))
         units[:] = study.units.values()
         return [unit.overrides for unit in units[-count:]]
 

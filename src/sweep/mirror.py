@@ -72,6 +72,7 @@ class Mirror:
             library.delete_study(study_name=name, storage=storage)
         study = library.create_study(study_name=name, storage=storage, directions=self._plan.config.directions)
         study.set_user_attr(FOLDER, here)
+        study.set_metric_names(list(self._plan.config.metrics))
         return TrialWriter(study, spanning(self._plan.axes, self._first))
 
 
