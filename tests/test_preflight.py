@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -99,6 +100,7 @@ def test_a_row_is_shown_as_several_epochs_have_it(here: Path, capsys: pytest.Cap
     fades += ["data.batching=packed", "data.max_seq_length=64", "training.per_device_train_batch_size=1"]
     text = said(capsys, *only(write_lines(here / "rows.jsonl", rows)), *fades)
     assert "\nsteps       6" in text
+    assert re.search(r"\n +at most \d+ tokens fed \(thoughts fade\);", text)
     shown = text.partition("fading ")[2].partition("\nsteps ")[0]
     parts = [line.strip() for line in shown.splitlines()[1:]]
     assert parts == [

@@ -144,10 +144,12 @@ def show_forecasts(console: Console, config: RunConfig, forecast: Forecast) -> N
     epochs = "" if work.num_steps_per_epoch is None else f"{work.num_steps / work.num_steps_per_epoch:.3g}"
     epochs = epochs and f" ({epochs} {'epoch' if epochs == '1' else 'epochs'})"
     padded = 1 - work.tokens_fed / max(1, work.tokens_computed)
+    fades = bool(config.data.thought_dropout or config.data.thought_schedule)
+    fed = f"{'at most ' if fades else ''}{work.tokens_fed:,} tokens fed{' (thoughts fade)' if fades else ''}"
     console.label(
         "steps",
         f"{work.num_steps:,}{epochs} of {rows} {'sequences' if config.data.batching.value == 'packed' else 'rows'}\n"
-        f"{work.tokens_fed:,} tokens fed; {padded:.0%} of what is computed is padding ({config.data.batching.value})",
+        f"{fed}; {padded:.0%} of what is computed is padding ({config.data.batching.value})",
     )
     memory, disk, measured = forecast.memory, forecast.disk, forecast.measured
     console.label("memory", _table([*memory.parts, *memory.instead, memory.total._replace(name=f"total{each}")]))
