@@ -34,7 +34,7 @@ from src.config.problems import Problem, refuse
 from src.config.schema import EnsembleMethod
 from src.errors import RunFolderError
 from src.runtime.signals import StopRequest, stop_on_signals
-from src.sweep.standings import FinishedTrials, refresh_leaderboard
+from src.trials.standings import FinishedTrials, refresh_leaderboard
 from src.util import plural
 
 SOUPS = (EnsembleMethod.soup, EnsembleMethod.greedy_soup)

@@ -24,12 +24,12 @@ from src.config.kept import keep_options, kept_roots
 from src.config.trust import is_signed, signature
 from src.errors import ConfigError, DamagedFileError
 from src.records import Digest, begins_with, read_json, read_lines, read_yaml
-from src.sweep.folder import SweepFolder
 from src.sweep.plan import Plan
-from src.sweep.trial import trial_of
 from src.tracking.lock import LOCK
 from src.tracking.run_folder import RunFolder
 from src.tracking.step_logs import read_step_log
+from src.trials.folder import SweepFolder
+from src.trials.trial import trial_of
 from tests.conftest import ROWS, admitted, towline, unprivileged
 from tests.conftest import read_lines as lines_of
 from tests.sweeps import planned
@@ -240,7 +240,7 @@ def test_another_runs_word_that_it_is_finished_is_not_taken(
     shutil.copytree(run, sweep.run_dir(0))
     shutil.copy(finished / "summary.json", sweep.run_dir(0))
     status = sweep.status(0, ("eval/validation/loss",))
-    assert (status.state, status.value, "metrics.jsonl" in status.cause) == ("FAILED", None, True)
+    assert (status.state, status.values, "metrics.jsonl" in status.cause) == ("FAILED", (), True)
     (run / "status.json").unlink()  # as it was told
     assert go_on(run).returncode == 0
     assert numbers(run) == numbers(finished)

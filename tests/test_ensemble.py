@@ -30,9 +30,9 @@ from src.errors import ConfigError, ModelError
 from src.evaluation.answers import Completion
 from src.evaluation.generate import Generator
 from src.metrics import THOUGHTS
-from src.ranking.ensembles import read_ensembles
 from src.runtime.session import Runtime
 from src.runtime.signals import StopRequest
+from src.trials.ensembles import read_ensembles
 from tests.conftest import ROWS, admitted, read_lines, towline, write_lines
 from tests.test_decoding import BOS, EOS, FAMILIES, NEW, PAD, PREFIX, prompts
 

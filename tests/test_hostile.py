@@ -46,10 +46,10 @@ from src.model.adapters import load_adapter
 from src.model.build import build_model
 from src.model.card import model_card
 from src.patterns import Pattern
-from src.ranking import leaderboard
-from src.ranking.ranking import Row
 from src.templates import budget, sandbox
 from src.tracking.console import Console
+from src.trials import leaderboard
+from src.trials.ranking import Row
 from tests import chat_templates
 from tests.conftest import admitted, write_lines
 

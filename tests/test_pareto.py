@@ -14,11 +14,11 @@ import pytest
 from scipy import stats
 
 from src.figures import write_png
-from src.ranking import leaderboard
-from src.ranking.front_figures import figures
-from src.ranking.pareto import FrontRow, Goals, dominates, front, front_conclusion, layers, rank_by_several
-from src.ranking.ranking import Result
-from src.ranking.significance import seeds_to_tell
+from src.trials import leaderboard
+from src.trials.front_figures import figures
+from src.trials.pareto import FrontRow, Goals, dominates, front, front_conclusion, layers, rank_by_several
+from src.trials.ranking import Result
+from src.trials.significance import seeds_to_tell
 
 EXACT, LOSS = "eval/test/exact_match", "eval/test/loss"
 GOALS: Goals = {EXACT: "maximize", LOSS: "minimize"}

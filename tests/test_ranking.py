@@ -15,9 +15,9 @@ from rich.console import Console
 from scipy import stats
 
 from src.figures import write_png
-from src.ranking import leaderboard
-from src.ranking.ranking import MEMORY, SECONDS, Result, Row, conclusion, number, rank
-from src.ranking.significance import SIGNIFICANCE, holm, seeds_to_tell, variance_factor
+from src.trials import leaderboard
+from src.trials.ranking import MEMORY, SECONDS, Result, Row, conclusion, number, rank
+from src.trials.significance import SIGNIFICANCE, holm, seeds_to_tell, variance_factor
 
 LOSS = "eval/validation/loss"
 

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
-from src.ranking.importance import importances
 from src.report import main, page_of
 from src.reporting.page import Block, Figures, Page, Table, Text, rendered
 from src.reporting.rows import mcnemar
-from src.sweep.folder import SweepFolder
-from src.sweep.trial import setting_of, trial_of
+from src.trials.folder import SweepFolder
+from src.trials.importance import importances
+from src.trials.trial import setting_of, trial_of
 from tests.browser import CHROMIUM, Browser
 from tests.conftest import admitted, write_lines
 from tests.test_report import write_run

@@ -21,10 +21,10 @@ from src.errors import ConfigError, RunFolderError, SweepError
 from src.runtime.devices import shares, visible_gpus
 from src.runtime.signals import StopRequest
 from src.sweep.engines.local import Workers, modules_of_run
-from src.sweep.folder import SweepFolder
 from src.sweep.pruning import Halving
 from src.sweep.sweeper import lead
 from src.tracking.lock import hold
+from src.trials.folder import SweepFolder
 from tests.conftest import ForkedCommand, read_lines, towline, write_lines
 from tests.sweeps import (
     LONG,

@@ -17,13 +17,13 @@ import pytest
 from src.cli.hydra_main import run_trial
 from src.errors import ConfigError
 from src.runtime.signals import StopRequest
+from src.search.study import Study, Unit
+from src.search.warm_start import earlier_units
 from src.sweep.engines.engine import TrialJob
 from src.sweep.engines.local import Workers
-from src.sweep.folder import SweepFolder
 from src.sweep.pruning import VERDICT_SECONDS, Pruning, answer
-from src.sweep.study import Study, Unit
 from src.sweep.sweeper import lead
-from src.sweep.warm_start import earlier_units
+from src.trials.folder import SweepFolder
 from tests.conftest import read_lines
 from tests.sweeps import board_of, planned, states, study_of
 
@@ -166,12 +166,12 @@ def test_a_sampler_begins_with_the_results_of_another_sweep(
     assert swept(*search, "seed=1,2") == 0
     plan = planned(f"hydra.sweep.dir={tmp_path / 'next'}", *search, f"sweep.warm_start={folder}")
     plan.folder.mkdir()
-    earlier = earlier_units(plan)
+    earlier = earlier_units(plan.config, plan.folder)
     means = {row["setting"]: float(row["mean"]) for row in board_of(folder)}
     assert {unit.overrides[0]: unit.values[0] for unit in earlier} == pytest.approx(means)
     (folder / "0" / "summary.json").unlink()
     (folder / "trials.jsonl").unlink()
-    assert earlier_units(plan) == earlier  # as they were at the first start
+    assert earlier_units(plan.config, plan.folder) == earlier  # as they were at the first start
     study = Study(plan.config, plan.axes, [], lambda _: None, earlier)
     study.propose(0, 0)
     assert [trial.value for trial in study._optuna()[0].trials[:2]] == [unit.values[0] for unit in earlier]

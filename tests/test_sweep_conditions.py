@@ -13,7 +13,7 @@ from src.config.axes import Axis, points, probes, size, with_conditions
 from src.config.command_line import read_override
 from src.config.problems import Problem
 from src.errors import ConfigError
-from src.sweep.study import Study, Unit
+from src.search.study import Study, Unit
 from tests.sweeps import planned
 
 OPTIMIZERS = ("optimizer=adamw,sgd", "optimizer.lr=1e-3,1e-2", "optimizer.momentum=0.0,0.9")

@@ -12,11 +12,11 @@ import pytest
 from src.errors import ConfigError, DamagedFileError
 from src.report import page_of
 from src.reporting.page import Table
-from src.sweep.folder import SweepFolder, TrialStatus
+from src.search.study import Study, Unit
+from src.search.warm_start import earlier_units
 from src.sweep.progress import ProgressTable, TableRow, ending
-from src.sweep.study import Study, Unit
-from src.sweep.trial import Trial
-from src.sweep.warm_start import earlier_units
+from src.trials.folder import SweepFolder, TrialStatus
+from src.trials.trial import Trial
 from tests.sweeps import board_of, planned, starts, study_of
 
 LOSS = "eval/validation/loss"
@@ -123,12 +123,12 @@ def test_more_steps_and_fewer_tokens_are_a_front(
     again = f"sweep.warm_start={folder}"
     plan = planned(f"hydra.sweep.dir={tmp_path / 'next'}", "sweep=tpe", "sweep.pruner=none", *grid[1:3], *TWO, again)
     plan.folder.mkdir()
-    earlier = earlier_units(plan)
+    earlier = earlier_units(plan.config, plan.folder)
     assert [unit.values[1] for unit in earlier] == [mean, (ends[2]["tokens_seen"] + ends[3]["tokens_seen"]) / 2]
     assert len(Study(plan.config, plan.axes, [], lambda _: None, earlier)._optuna()[0].trials) == 2
     plan.config.metric, plan.config.direction = LOSS, "minimize"
     with pytest.raises(DamagedFileError, match=r"warm_start\.jsonl.*2 metrics"):
-        earlier_units(plan)
+        earlier_units(plan.config, plan.folder)
 
     monkeypatch.setattr("src.sweep.sweeper.write_png", lambda *_: None)
     assert swept_and_drawn(*grid, *TWO) == 0

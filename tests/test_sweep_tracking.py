@@ -18,13 +18,13 @@ from src.config.frozen import read_status
 from src.config.schema import MlflowConfig
 from src.config.schema.tracking import NoTrackingConfig
 from src.errors import DamagedFileError, Pruned
-from src.sweep.trial import run_name
 from src.tracking.console import Console
 from src.tracking.export_thread import WaitLimits
 from src.tracking.exporters import exhaust
 from src.tracking.lock import hold
 from src.tracking.mlflow_sweep import MlflowSweepExporter, sweep_tracking
 from src.tracking.tracker import open_sweep_tracking
+from src.trials.trial import run_name
 from tests.conftest import write_lines
 from tests.sweeps import planned, states
 from tests.test_tracking import FROZEN, closed_port, count_calls, do_step, stopped, track, tracked

@@ -27,15 +27,15 @@ from src.errors import ConfigError, report
 from src.evaluation.samples import Sample
 from src.progress import TimeLeft
 from src.runtime.launch import CopiedStream
-from src.sweep.folder import TrialStatus
 from src.sweep.progress import ProgressTable, TableRow
-from src.sweep.trial import Trial
 from src.terminal import columns_of, cut_to, filled, shortened, width, wrapped
 from src.tracking import console as console_module
 from src.tracking.console import Console
 from src.tracking.end_summary import MetricHistory, changes
 from src.tracking.live import Work
 from src.training.work_ahead import Occasion, WorkAhead
+from src.trials.folder import TrialStatus
+from src.trials.trial import Trial
 from tests.conftest import ROOT, read_lines
 
 NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:[.:]\d+)*(?:e[+-]?\d+)?")

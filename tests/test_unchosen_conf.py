@@ -19,7 +19,7 @@ from src.config.options import options as options_of
 from src.config.trust import is_signed, signature
 from src.errors import ConfigError
 from src.records import LARGEST_YAML_BYTES, MOST_YAML_VALUES
-from src.sweep.folder import SweepFolder
+from src.trials.folder import SweepFolder
 from tests.conftest import admitted, towline
 from tests.sweeps import planned
 from tests.test_gate import refusal

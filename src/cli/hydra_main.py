@@ -28,8 +28,8 @@ from src.secrets import as_variables, clean
 
 if TYPE_CHECKING:
     from src.sweep.plan import Plan
-    from src.sweep.trial import Trial
     from src.tracking.console import Console
+    from src.trials.trial import Trial
 
 
 def run_trial(config: dict[str, Any], run_dir: str, link: Mapping[str, Any] | None) -> int:

@@ -11,9 +11,9 @@ import psutil
 
 from src.errors import TowlineError, one_line
 from src.sweep.plan import Plan
-from src.sweep.trial import Trial
 from src.tracking.console import Console
 from src.tracking.live import clock
+from src.trials.trial import Trial
 from src.util import human_bytes, plural
 
 MOST_FORECASTS = 12  # of different trials, each of which takes seconds

@@ -8,7 +8,6 @@ from typing import Any
 
 from src.figures import Figure, Series
 from src.metrics import is_detail
-from src.ranking.significance import p_text
 from src.reporting.curves import file_name, names_of
 from src.reporting.details import Details, read_details
 from src.reporting.figures import MOST_POINTS, MOST_SERIES, series_of
@@ -18,6 +17,7 @@ from src.reporting.run_page import number, shown
 from src.reporting.runs import differing_keys, dotted, is_number, is_same, when
 from src.reporting.views import bits_of, by_view, scores_of
 from src.tracking.live import clock
+from src.trials.significance import p_text
 from src.util import human_bytes, in_words, plural
 
 MOST_ROWS = 100  # rows of each kind that are shown

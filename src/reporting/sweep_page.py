@@ -10,18 +10,18 @@ from typing import Any
 from src.config.axes import REPLICATED
 from src.errors import DamagedFileError
 from src.figures import Figure, Series, is_logarithmic
-from src.ranking.front_figures import front_figures, numbered, settings_figures
-from src.ranking.importance import importances
-from src.ranking.leaderboard import columns_of, note_of
 from src.reporting.curves import file_name
 from src.reporting.figures import MOST_SERIES, series_of
 from src.reporting.page import Block, Figures, Page, Section, Table, Text
 from src.reporting.run_page import number
-from src.sweep.folder import TRIAL_STATES, SweepFolder, TrialStatus
-from src.sweep.standings import Standings, read_standings
-from src.sweep.trial import Trial
 from src.terminal import short_numbers
 from src.tracking.step_logs import METRICS, read_step_log
+from src.trials.folder import TRIAL_STATES, SweepFolder, TrialStatus
+from src.trials.front_figures import front_figures, numbered, settings_figures
+from src.trials.importance import importances
+from src.trials.leaderboard import columns_of, note_of
+from src.trials.standings import Standings, read_standings
+from src.trials.trial import Trial
 from src.util import plural
 
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from src.figures import Figure, Series
-from src.ranking.significance import p_text
 from src.reporting.page import Block, Figures, Table
 from src.reporting.runs import is_number
+from src.trials.significance import p_text
 
 VIEWS = ("gold", "own", "shuffled", "none")
 """The views of a row in the order of the figures."""

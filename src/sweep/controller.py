@@ -15,16 +15,16 @@ from typing import Any
 from src.config.schema import Direction, Pruner
 from src.errors import NonFiniteLossError, Pruned, TowlineError, TrainingError, is_disk_full
 from src.runtime.signals import StopRequest
+from src.search.study import Proposal, Study, Unit
 from src.sweep import pruning
 from src.sweep.engines.engine import Engine, TrialJob
-from src.sweep.folder import TrialStatus, last_words, written_ns
 from src.sweep.progress import ProgressTable, ending
 from src.sweep.state import SweepState, early_replicates
-from src.sweep.study import Proposal, Study, Unit
-from src.sweep.trial import Trial
 from src.terminal import short_numbers
 from src.tracking.run_folder import STATUS, note_end
 from src.tracking.step_logs import METRICS
+from src.trials.folder import TrialStatus, last_words, written_ns
+from src.trials.trial import Trial
 
 POLL_SECONDS = 0.1
 NOTIFY_SECONDS = 2.0

@@ -24,8 +24,8 @@ from src.config.problems import COMMAND_LINE, Problem, refuse
 from src.config.rules.sweep import axis_problems, count_problems, sweep_problems
 from src.config.schema import Replicate, RunConfig, Sampler, SweepConfig
 from src.config.trust import signature
-from src.sweep.folder import SweepFolder
-from src.sweep.trial import Trial, setting_of, trial_of, with_typed_numbers
+from src.trials.folder import SweepFolder
+from src.trials.trial import Trial, setting_of, trial_of, with_typed_numbers
 from src.util import value_at
 
 MOST_PROBES = 200  # how many points are checked where there are too many to check all

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from src.errors import visible
-from src.sweep.folder import TrialStatus
-from src.sweep.trial import Trial
 from src.terminal import columns_of, short_numbers, wrapped
 from src.tracking.console import Console
 from src.tracking.live import clock
+from src.trials.folder import TrialStatus
+from src.trials.trial import Trial
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -10,14 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 from src.config.schema import Direction, Pruner, Sampler
-from src.ranking.pareto import front, point_of
-from src.sweep.folder import TRIAL_STATES, SweepFolder, TrialStatus
+from src.search.study import Unit
 from src.sweep.plan import Plan
 from src.sweep.progress import TableRow
-from src.sweep.study import Unit
-from src.sweep.trial import Trial
 from src.tracking.live import clock
 from src.tracking.run_folder import now
+from src.trials.folder import TRIAL_STATES, SweepFolder, TrialStatus
+from src.trials.pareto import front, point_of
+from src.trials.trial import Trial
 from src.util import as_tuple, one_or_list, plural
 
 

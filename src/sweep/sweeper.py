@@ -14,10 +14,11 @@ from src.config.problems import refuse
 from src.config.schema import Device, EngineName
 from src.errors import Interrupted, RunFolderError, SweepError, TowlineError, is_disk_full, report, visible
 from src.figures import write_png
-from src.ranking import leaderboard
-from src.ranking.front_figures import figures
 from src.runtime.launch import ORPHAN_SECONDS
 from src.runtime.signals import StopRequest
+from src.search.mirror import Mirror
+from src.search.study import Study
+from src.search.warm_start import earlier_units
 from src.sweep.controller import POLL_SECONDS, UNENDED, SweepController
 from src.sweep.engines.engine import Engine, RunTrial
 from src.sweep.engines.launched import Launched, is_own_launcher
@@ -25,18 +26,17 @@ from src.sweep.engines.local import Workers, end_fork_server, modules_of_run, st
 from src.sweep.engines.ray_tasks import RayTasks
 from src.sweep.engines.remote import STOP_FILE, withdraw
 from src.sweep.engines.slurm import Slurm
-from src.sweep.folder import SweepFolder, TrialStatus
-from src.sweep.mirror import Mirror
 from src.sweep.plan import Plan, plan_sweep
 from src.sweep.progress import ProgressTable, failures, listing
-from src.sweep.standings import rank_trials
 from src.sweep.state import SweepState, early_replicates, units_of
-from src.sweep.study import Study
-from src.sweep.trial import Trial
-from src.sweep.warm_start import earlier_units
 from src.tracking.console import Console
 from src.tracking.lock import hold
 from src.tracking.tracker import open_sweep_tracking
+from src.trials import leaderboard
+from src.trials.folder import SweepFolder, TrialStatus
+from src.trials.front_figures import figures
+from src.trials.standings import rank_trials
+from src.trials.trial import Trial
 from src.util import as_tuple, plural
 
 ShowCost = Callable[[Plan, Sequence[Trial], int, Console], None]
@@ -158,8 +158,10 @@ def _run_trials(plan: Plan, record: SweepFolder, stop: StopRequest, engine: Engi
         record.write_trials(trials)
         state = SweepState(plan, record, trials, todo)
         units = list(units_of(state))
-        mirror = until_the_end.enter_context(closing(Mirror(plan, units, console.warn)))
-        study = Study(plan.config, plan.axes, units, mirror.note, earlier_units(plan))
+        mirror = until_the_end.enter_context(
+            closing(Mirror(plan.config, plan.name, plan.folder, plan.axes, units, console.warn))
+        )
+        study = Study(plan.config, plan.axes, units, mirror.note, earlier_units(plan.config, plan.folder))
         controller = SweepController(state, study, engine, stop, display)
         _warn_of_damage(state.statuses, console)
         controller.write("RUNNING")

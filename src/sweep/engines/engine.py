@@ -54,11 +54,6 @@ class Engine(Protocol):
         """End what `open` started. Trials that still run save and end by themselves."""
 
 
-def log_file(run_dir: Path) -> Path:
-    """Return the file that holds what a trial prints."""
-    return run_dir / "logs" / "output.log"
-
-
 def note(file: Path, text: str) -> None:
     """Add a line to what a trial printed."""
     file.parent.mkdir(parents=True, exist_ok=True)

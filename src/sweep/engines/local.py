@@ -25,7 +25,8 @@ from src.errors import DamagedFileError, SweepError, one_line
 from src.records import read_json
 from src.runtime.collector import rest_while_importing
 from src.runtime.devices import shares, threads_each, visible_gpus
-from src.sweep.engines.engine import RunTrial, TrialJob, log_file, print_into
+from src.sweep.engines.engine import RunTrial, TrialJob, print_into
+from src.trials.folder import log_file
 
 PRELOAD_MODULE = "src.sweep.engines.preload"  # what the fork server imports before the first trial
 OPTIONAL_MODULES = {

@@ -19,8 +19,9 @@ from typing import Any
 
 from src.config.frozen import read_status
 from src.errors import DamagedFileError, Interrupted, SweepError, one_line
-from src.sweep.engines.engine import RunTrial, TrialJob, log_file, note, print_into
+from src.sweep.engines.engine import RunTrial, TrialJob, note, print_into
 from src.tracking.lock import holder_of
+from src.trials.folder import log_file
 from src.util import load_json
 
 STOP_FILE, LAUNCH = "stop", "launch"  # in the sweep's folder

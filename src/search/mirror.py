@@ -2,12 +2,14 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from src.config.axes import Axis
+from src.config.schema import SweepConfig
 from src.errors import SweepError, one_line
+from src.search.study import TrialWriter, Unit, optuna, spanning
 from src.secrets import clean
-from src.sweep.plan import Plan
-from src.sweep.study import TrialWriter, Unit, optuna, spanning
 
 FILE = "study.journal"  # in the sweep's folder, unless `sweep.storage` names another place
 FOLDER = "towline.folder"
@@ -18,9 +20,11 @@ Warn = Callable[[str], None]
 class Mirror:
     """Keeps a study in a storage as the sweep's units are, in a thread that nothing waits for but the sweep's end."""
 
-    def __init__(self, plan: Plan, units: Sequence[Unit], warn: Warn) -> None:
-        self._plan, self._warn = plan, warn
-        self._where = plan.config.storage or str(plan.folder / FILE)
+    def __init__(
+        self, config: SweepConfig, name: str, folder: Path, axes: Sequence[Axis], units: Sequence[Unit], warn: Warn
+    ) -> None:
+        self._config, self._name, self._folder, self._axes, self._warn = config, name, folder, axes, warn
+        self._where = config.storage or str(folder / FILE)
         self._first, self._pending = units, {unit.number: unit for unit in units}
         self._changed, self._is_closing = threading.Condition(), False
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
@@ -63,24 +67,24 @@ class Mirror:
 
     def _open(self) -> TrialWriter:
         """Open the storage, and begin the study there anew."""
-        library, name = optuna(), self._plan.name
-        storage = open_storage(self._plan)
-        here = str(self._plan.folder.resolve())
+        library, name = optuna(), self._name
+        storage = open_storage(self._config.storage, self._folder)
+        here = str(self._folder.resolve())
         if name in (known := {one.study_name: one.user_attrs.get(FOLDER) for one in storage.get_all_studies()}):
             if known[name] != here:
                 raise SweepError(f"it has a study {name} already, of {known[name]}; choose another sweep.name")
             library.delete_study(study_name=name, storage=storage)
-        study = library.create_study(study_name=name, storage=storage, directions=self._plan.config.directions)
+        study = library.create_study(study_name=name, storage=storage, directions=self._config.directions)
         study.set_user_attr(FOLDER, here)
-        study.set_metric_names(list(self._plan.config.metrics))
-        return TrialWriter(study, spanning(self._plan.axes, self._first))
+        study.set_metric_names(list(self._config.metrics))
+        return TrialWriter(study, spanning(self._axes, self._first))
 
 
-def open_storage(plan: Plan) -> Any:
+def open_storage(url: str | None, folder: Path) -> Any:
     """Open the storage that a sweep's study is copied into: a file that is begun anew, or what its URL names."""
-    storages, url = optuna().storages, plan.config.storage
+    storages = optuna().storages
     if url is not None:
         return storages.RDBStorage(url, engine_kwargs={} if url.startswith("sqlite:") else {"pool_pre_ping": True})
-    file = plan.folder / FILE
+    file = folder / FILE
     file.unlink(missing_ok=True)
     return storages.JournalStorage(storages.journal.JournalFileBackend(str(file)))

@@ -16,12 +16,12 @@ from src import terminal
 from src.figures import Figure, Kind, Series, is_logarithmic
 from src.markdown import code, inline
 from src.markdown import table as markdown_table
-from src.ranking.ensembles import EnsembleRow, read_ensembles
-from src.ranking.pareto import FrontRow, Goals
-from src.ranking.ranking import MEMORY, SECONDS, Direction, Row, number, with_spread
-from src.ranking.significance import MOST_SEEDS, Replicate, p_text
 from src.terminal import short_numbers
 from src.tracking.live import clock
+from src.trials.ensembles import EnsembleRow, read_ensembles
+from src.trials.pareto import FrontRow, Goals
+from src.trials.ranking import MEMORY, SECONDS, Direction, Row, number, with_spread
+from src.trials.significance import MOST_SEEDS, Replicate, p_text
 from src.util import human_bytes, one_or_list, write_atomically, write_json
 
 if TYPE_CHECKING:

@@ -8,13 +8,13 @@ from typing import Any
 from src.config.frozen import SWEEP
 from src.errors import DamagedFileError, SweepError, report
 from src.metrics import METRICS, is_detail
-from src.ranking import leaderboard
-from src.ranking.pareto import Goals, front_conclusion, rank_by_several
-from src.ranking.ranking import MEMORY, SECONDS, Result, Row, conclusion, rank
-from src.sweep.folder import SweepFolder, TrialStatus
-from src.sweep.trial import Trial
 from src.tracking.late_metrics import read_summary
 from src.tracking.lock import hold
+from src.trials import leaderboard
+from src.trials.folder import SweepFolder, TrialStatus
+from src.trials.pareto import Goals, front_conclusion, rank_by_several
+from src.trials.ranking import MEMORY, SECONDS, Result, Row, conclusion, rank
+from src.trials.trial import Trial
 from src.util import as_tuple
 
 MOST_MEASURES = 3  # metrics beside the one that ranks

@@ -6,30 +6,30 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from src.config.schema import SweepConfig
 from src.errors import SweepError
 from src.records import NUMBER, Types, check_keys, read_lines
-from src.sweep.folder import SweepFolder
-from src.sweep.plan import Plan
-from src.sweep.study import Unit
+from src.search.study import Unit
+from src.trials.folder import SweepFolder
 from src.util import as_tuple, in_words, one_or_list, plural, write_atomically
 
 FILE = "warm_start.jsonl"
 KEYS: Mapping[str, Types] = {"overrides": list, "value": (*NUMBER, list)}
 
 
-def earlier_units(plan: Plan) -> list[Unit]:
+def earlier_units(config: SweepConfig, sweep: Path) -> list[Unit]:
     """Return the settings of `sweep.warm_start` and their results at the first start, numbered -1, -2, ….
 
     SweepError: it is no sweep's folder, or nothing in it has a value of this sweep's metric.
     """
-    if plan.config.warm_start is None:
+    if config.warm_start is None:
         return []
-    file, metrics = plan.folder / FILE, plan.config.metrics
+    file, metrics = sweep / FILE, config.metrics
     if not file.exists():
-        found = list(_results(Path(plan.config.warm_start), metrics))
+        found = list(_results(Path(config.warm_start), metrics))
         if not found:
             reason = f"no trial there has finished with a value of {in_words(metrics)}"
-            raise SweepError(f"sweep.warm_start = {plan.config.warm_start}: {reason}")
+            raise SweepError(f"sweep.warm_start = {config.warm_start}: {reason}")
         write_atomically(file, "".join(json.dumps(one) + "\n" for one in found))
     remedy = "Remove it, and it is made of sweep.warm_start again."
 

@@ -12,7 +12,7 @@ from operator import le
 from statistics import mean
 from typing import TypeVar
 
-from src.ranking.ranking import (
+from src.trials.ranking import (
     Direction,
     Result,
     Row,
@@ -28,7 +28,7 @@ from src.ranking.ranking import (
     tally,
     without_values,
 )
-from src.ranking.significance import MOST_SEEDS, SIGNIFICANCE, Replicate, compare, holm
+from src.trials.significance import MOST_SEEDS, SIGNIFICANCE, Replicate, compare, holm
 from src.util import in_words
 
 Goals = Mapping[str, Direction]

@@ -6,10 +6,10 @@ from dataclasses import replace
 from itertools import combinations, pairwise
 
 from src.figures import Figure, Series, is_logarithmic
-from src.ranking.leaderboard import MOST_NAMED, by_metric, history_figure, settings_figure
-from src.ranking.pareto import FrontRow, Goals
-from src.ranking.ranking import Row
 from src.terminal import short_numbers
+from src.trials.leaderboard import MOST_NAMED, by_metric, history_figure, settings_figure
+from src.trials.pareto import FrontRow, Goals
+from src.trials.ranking import Row
 
 
 def figures(rows: Sequence[Row], goals: Goals, history: Sequence[Sequence[float]]) -> Iterator[Figure]:

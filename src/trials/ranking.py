@@ -13,7 +13,7 @@ from statistics import mean
 from typing import Literal, TypeVar
 
 from src.metrics import LOSSES
-from src.ranking.significance import MOST_SEEDS, SIGNIFICANCE, Replicate, compare, half_width, holm, seeds_to_tell
+from src.trials.significance import MOST_SEEDS, SIGNIFICANCE, Replicate, compare, half_width, holm, seeds_to_tell
 from src.util import in_words, plural
 
 Direction = Literal["minimize", "maximize"]

@@ -17,11 +17,10 @@ from src import records, secrets
 from src.config.frozen import SWEEP, config_hash, read_starts, read_status
 from src.errors import DamagedFileError, SweepError
 from src.records import read_bytes, read_lines
-from src.sweep.engines.engine import log_file
-from src.sweep.trial import Trial, check_trial
 from src.tracking.lock import LOCK, holder_of
 from src.tracking.objective import foreign_journal, objectives, reported
 from src.tracking.sweep_files import holds_another, read_sweep
+from src.trials.trial import Trial, check_trial
 from src.util import listed, write_atomically, write_json
 
 REMEDY = "Restore it from a copy; or another sweep.name begins another, force=true removes this one and begins anew."
@@ -200,6 +199,11 @@ class SweepFolder:
         for number in numbers:
             if holder := holder_of(self.run_dir(number)):
                 yield number, f"{self.run_dir(number)} is in use by another process: {holder}"
+
+
+def log_file(run_dir: Path) -> Path:
+    """Return the file that holds what a trial prints."""
+    return run_dir / "logs" / "output.log"
 
 
 def _line(trial: Trial) -> str:
