@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train resume sync preflight test test-slow docs lint ui clean clean-cache
+.PHONY: help setup train resume sync preflight test test-slow bench docs lint ui clean clean-cache
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -39,6 +39,9 @@ test: lint ## every check that CI runs: format, lint, types, tests
 
 test-slow: $(READY) ## checks on a real pretrained chat model in models/smollm2 (or TOWLINE_SMOLLM2=DIR)
 	$(BIN)/python -m pytest -m slow -n 1 $(ARGS)
+
+bench: $(READY) ## training speed beside TRL, transformers' Trainer and a bare loop; ARGS='--workloads small --rounds 1' changes it
+	$(BIN)/python -m benchmarks.speed $(ARGS)
 
 docs: $(READY) ## regenerate docs/configuration.md and docs/coming_from.md from the schema, conf/ and the tables
 	$(BIN)/python -m src.config.pages

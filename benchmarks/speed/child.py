@@ -1,0 +1,31 @@
+"""A process of its own for one measurement: `python -m benchmarks.speed.child REQUEST RESULT`, both files of JSON."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from benchmarks.speed.workloads import WAYS, WORKLOADS, Settings
+from src.cli.environment import set_switches
+
+
+def main(request: Path, result: Path) -> None:
+    """Prepare a workload, or measure a way of one that is prepared, as the request asks."""
+    asked = json.loads(request.read_text(encoding="utf-8"))
+    workload, settings, folder = WORKLOADS[asked["workload"]], Settings(**asked["settings"]), Path(asked["folder"])
+    set_switches()
+    if asked["way"] is None:
+        from benchmarks.speed.machine import describe
+        from benchmarks.speed.preparing import Facts, prepare
+
+        prepare(workload, settings, folder)
+        found = dataclasses.asdict(Facts.read(folder)) | {"machine": describe(settings.device)}
+    else:
+        from benchmarks.speed.measuring import measure
+
+        found = dataclasses.asdict(measure(workload, WAYS[asked["way"]], settings, folder))
+    result.write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:3]))

@@ -1,0 +1,128 @@
+"""What the measurements of a workload say: whether losses agree, medians and ratios, as a table and a figure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.speed.measurement import Measurement
+from benchmarks.speed.workloads import WAYS, Settings, Way, Workload
+from src import markdown
+from src.figures import Figure, Series
+
+TOLERANCES = {"no": 1e-4, "bf16": 3e-2}
+"""How far losses of the same step may be apart, in nats, by mixed precision."""
+COLUMNS = ("way", "tokens/s (range)", "supervised/s", "ratio", "peak memory", "of peak", "padding", "losses")
+
+
+@dataclass(frozen=True)
+class Results:
+    """All measurements of a workload, of each way that did not fail one a round."""
+
+    workload: Workload
+    settings: Settings
+    rounds: Mapping[str, Sequence[Measurement]]
+
+    @property
+    def base(self) -> str | None:
+        """What the ratios are to: TRL's default, else the Trainer."""
+        return next((name for name in ("trl", "trainer", "bare") if name in self.rounds), None)
+
+    def median(self, way: str, value: Callable[[Measurement], float]) -> float:
+        return statistics.median(value(one) for one in self.rounds[way])
+
+    def speed(self, way: str) -> float:
+        return self.median(way, lambda one: one.tokens_per_second)
+
+    def ratio(self, way: str, other: str) -> float:
+        """Return how many times as many tokens a second a way makes as another: the median over rounds."""
+        pairs = zip(self.rounds[way], self.rounds[other], strict=True)
+        return statistics.median(one.tokens_per_second / two.tokens_per_second for one, two in pairs)
+
+    def fastest(self, belongs: Callable[[Way], bool]) -> str | None:
+        names = [name for name in self.rounds if belongs(WAYS[name])]
+        return max(names, key=self.speed, default=None)
+
+    def disagreements(self) -> list[str]:
+        """Return where losses differ that have to agree: of ways that feed the same batches, at every step."""
+        tolerance = TOLERANCES["bf16" if self.workload.dtype == "bfloat16" else self.settings.mixed_precision]
+        ordered = [(name, one) for name, all_of in self.rounds.items() for one in all_of if WAYS[name].follows_order]
+        found = []
+        for name, one in ordered[1:]:
+            first, reference = ordered[0]
+            pairs = list(zip(one.losses, reference.losses, strict=False))
+            if len(one.losses) != len(reference.losses):
+                found.append(f"{name} made {len(one.losses)} steps, {first} {len(reference.losses)}")
+            far = [step for step, (loss, other) in enumerate(pairs, 1) if not abs(loss - other) <= tolerance]
+            if far:
+                loss, other = pairs[far[0] - 1]
+                found.append(f"step {far[0]}: the loss of {name} is {loss:.6f}, that of {first} {other:.6f}")
+        return found
+
+    def table(self) -> list[list[str]]:
+        """Return the cells of each way, see COLUMNS."""
+        return [self._cells(name) for name in self.rounds]
+
+    def _cells(self, name: str) -> list[str]:
+        each = self.rounds[name]
+        speeds = [one.tokens_per_second for one in each]
+        first, last = each[0].losses[0], each[0].losses[-1]
+        return [
+            WAYS[name].about,
+            f"{self.speed(name):,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f})",
+            f"{self.median(name, lambda one: one.supervised_per_second):,.0f}",
+            "" if self.base is None else f"{self.ratio(name, self.base):.2f}",
+            f"{self.median(name, lambda one: one.peak_memory_bytes) / 2**30:.2f} GiB",
+            f"{self.median(name, lambda one: one.share_of_peak):.0%}",
+            f"{each[0].padding:.0%}",
+            f"{first:.4f} to {last:.4f}" + ("" if WAYS[name].follows_order else " (own order)"),
+        ]
+
+    def sentences(self) -> list[str]:
+        """Return what the table shows: ours beside the peers' best, beside the bare loop, and in memory."""
+        ours = self.fastest(lambda way: way.trainer == "towline")
+        best = self.fastest(lambda way: way.is_peer)
+        said = []
+        if ours is not None and best is not None:
+            ratio = f"{self.ratio(ours, best):.2f} times as many tokens a second"
+            said.append(f"Towline at its fastest ({WAYS[ours].batching}) makes {ratio} as {WAYS[best].about}")
+        if {"towline", "bare"} <= self.rounds.keys():
+            said.append(f"Towline's loop runs at {self.ratio('towline', 'bare'):.2f} of the bare one's speed")
+        if "towline" in self.rounds and self.base not in (None, "bare"):
+            ours_bytes, theirs = (self.median(way, lambda one: one.peak_memory_bytes) for way in ("towline", self.base))
+            said.append(f"Padded, its peak memory is {ours_bytes / theirs:.2f} times that of {WAYS[self.base].about}")
+        peak = statistics.median(one.peak_flops for each in self.rounds.values() for one in each)
+        said.append(f"Matrix products reach {peak / 1e9:,.0f} GFLOP/s here")
+        return [one + "." for one in said]
+
+
+def as_markdown(results: Results) -> str:
+    """Return a workload's section: its table, and what it shows."""
+    said = results.sentences()
+    if results.base is not None:
+        said.insert(0, f"Ratios are of tokens/s, to {WAYS[results.base].about}.")
+    table = markdown.table(COLUMNS, results.table())
+    return f"## {results.workload.name}: {results.workload.about}\n\n{table}\n\n{' '.join(said)}\n"
+
+
+def as_figure(all_results: Sequence[Results]) -> Figure:
+    """Return a figure of every way's speed in every workload, relative to the base of each."""
+    names = list(dict.fromkeys(name for results in all_results for name in results.rounds))
+    series = []
+    for name in names:
+        points = [
+            (float(place), results.ratio(name, results.base))
+            for place, results in enumerate(all_results, start=1)
+            if name in results.rounds and results.base is not None
+        ]
+        x, y = ([point[i] for point in points] for i in (0, 1))
+        series.append(Series(WAYS[name].about, x, y, "points"))
+    return Figure(
+        "speed",
+        "Tokens per second, relative to TRL's SFTTrainer (BART: to transformers' Trainer)",
+        "",
+        "times as many tokens per second",
+        series,
+        names=[f"{results.workload.name}: {results.workload.about}" for results in all_results],
+    )
