@@ -17,6 +17,7 @@ from src.evaluation.evaluate import open_evaluator
 from src.evaluation.samples import sample
 from src.model.embeddings import check_new_rows
 from src.overview import overview
+from src.runtime.products import bf16_warnings
 from src.runtime.profiling import profiled
 from src.runtime.signals import StopRequest
 from src.sweep.pruning import Pruning, end_early
@@ -38,6 +39,7 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
     with start_session(job, found, stop) as (runtime, job, resume):  # job and checkpoint are the same on every rank
         job = resume.adjust(job, runtime.num_processes, tracker.warn)  # as many rows a step as before
         config, provenance = job.config, record_provenance(tracker, job, runtime)
+        tracker.warn(*bf16_warnings(config, runtime.device))
 
         tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
         data = build_data(config, tokenizer, tracker.console.working)  # counts what it kept, truncated and dropped

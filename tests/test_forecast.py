@@ -61,7 +61,7 @@ from src.forecast.parameters import (
     parameters_of,
     with_adapter,
 )
-from src.forecast.time import counted_time, matmul_flops_per_second, measured_time
+from src.forecast.time import counted_time, measured_time
 from src.inspection.run_forecast import planned_parameters
 from src.model.adapters import Adapter, add_adapter
 from src.model.build import build_model, empty_model
@@ -743,10 +743,6 @@ def test_time_is_bounded_from_below_or_taken_as_measured() -> None:
     assert (measured.seconds, measured.is_lower_bound) == (10, False)
     unknown = counted_time("evaluation", None, 100, "because")
     assert (unknown.seconds, unknown.how) == (None, "unknown: because")
-
-
-def test_the_speed_of_products_is_measured() -> None:
-    assert matmul_flops_per_second(torch.device("cpu"), torch.float32, budget_seconds=0.01) > 0
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,6 @@
 """How long a run will take at least, from its operations and the speed of this device's matrix products."""
 
-import time
-import timeit
 from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 
 class TimeItem(NamedTuple):
@@ -30,30 +25,3 @@ def counted_time(name: str, flops: float | None, flops_per_second: float, unknow
 def measured_time(name: str, seconds_each: float, count: int, what: str) -> TimeItem:
     """Forecast from one that was really computed, of the mean size."""
     return TimeItem(name, seconds_each * count, False, f"{count:,} {what} x {seconds_each:.3g} s, as measured")
-
-
-def matmul_flops_per_second(device: torch.device, dtype: torch.dtype, budget_seconds: float = 0.3) -> float:
-    """Measure how fast this device multiplies square matrices: the best of as many products as the budget has room for.
-
-    Sizes double from 512 to 1024 on a CPU and to 4096 on a GPU, which 1024 would not fill.
-    """
-    largest = 1024 if device.type == "cpu" else 4096
-    size, best, ends = 512, 0.0, time.perf_counter() + budget_seconds
-    while True:
-        a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
-        _seconds_of_product(a, b)  # the first one of a size chooses its kernel
-        best = max(best, 2 * size**3 / _seconds_of_product(a, b))
-        left = ends - time.perf_counter()
-        fitting = [n for n in (size, min(2 * size, largest)) if 2 * (2 * n**3) / best < left]
-        if not fitting:
-            return best
-        size = fitting[-1]
-
-
-def _seconds_of_product(a: Tensor, b: Tensor) -> float:
-    def multiply() -> None:
-        torch.matmul(a, b)
-        if a.is_cuda:
-            torch.cuda.synchronize(a.device)
-
-    return timeit.timeit(multiply, number=1)

@@ -9,7 +9,7 @@ from typing import Any
 
 from src.config.job import Job
 from src.config.schema import LossConfig
-from src.data.advice import Level, about_schedule
+from src.data.advice import Finding, Level, about_schedule
 from src.data.dataset import Data, build_data
 from src.data.encoding import IGNORE_INDEX, PARTS, SPAN_KINDS
 from src.data.sets import LabelledRow
@@ -34,6 +34,7 @@ from src.model.quantization import check_quantisable
 from src.model.untrained import stored_untrained_tokens
 from src.runtime.allocation import resident_bytes
 from src.runtime.collector import collect_from_here
+from src.runtime.products import bf16_warnings
 from src.tracking.console import Console
 from src.training.loss import part_weights
 
@@ -81,6 +82,7 @@ def inspect_run(job: Job, console: Console, libraries_bytes: int) -> int:
         *about_schedule(config, forecast.work.num_steps, forecast.work.num_steps_per_epoch),
         *about_initialised_rows(new_tokens, initialised),
         *about_disk(forecast.disk),
+        *(Finding(Level.warning, text) for text in bf16_warnings(config, device_of(config))),
     ]
     found.sort(key=lambda finding: list(Level).index(finding.level))
     code = show_findings(console, found, proofs, paint)

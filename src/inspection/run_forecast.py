@@ -15,7 +15,7 @@ from src.forecast.counting import ForwardCount, ModelCounter, TrainingCount, Unc
 from src.forecast.disk import DiskForecast, disk_forecast_of_run
 from src.forecast.memory import MemoryForecast, Sharding, memory_forecast
 from src.forecast.parameters import ModelParameters, parameters_of, with_adapter
-from src.forecast.time import TimeItem, counted_time, matmul_flops_per_second
+from src.forecast.time import TimeItem, counted_time
 from src.inspection.findings import Finding, Level
 from src.inspection.measurement import Measured, measure_work, measured_times
 from src.inspection.workload import Workload, mean_shape, plan_work, widest_of
@@ -23,6 +23,7 @@ from src.model.adapters import add_adapter
 from src.model.build import with_zero_sizes
 from src.model.quantization import put_quantised_layers, quantization_settings
 from src.progress import Progress
+from src.runtime.products import matmul_flops_per_second
 from src.util import human_bytes
 
 AUTOCAST = {MixedPrecision.bf16: torch.bfloat16, MixedPrecision.fp16: torch.float16}
