@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.speed import machine, preparing, texts
+from benchmarks.speed import measuring, preparing, texts
 from benchmarks.speed.machine import RowLength, attention_flops, training_flops
 from benchmarks.speed.measurement import Measurement
 from benchmarks.speed.measuring import measure
@@ -33,7 +33,7 @@ SMALL = dataclasses.replace(WORKLOADS["small"], batch_size=4, width=64, num_laye
 def test_all_ways_have_the_same_losses_at_every_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workload: Workload
 ) -> None:
-    monkeypatch.setattr(machine, "CALIBRATION_SECONDS", 0.01)
+    monkeypatch.setattr(measuring, "CALIBRATION_SECONDS", 0.01)
     monkeypatch.setattr(preparing, "TOKENIZER_ROWS", 50)
     monkeypatch.setattr(preparing, "TOKENIZER_SIZE", 500)
     prepare(workload, SETTINGS, tmp_path)

@@ -6,7 +6,7 @@ All ways train the same rows once, from the same weights, with the same optimize
 same batches, so that their losses have to be equal at every step (exit code 1 where they are not). Each measurement is
 a process of its own; rounds alternate forwards and backwards; warm-up steps are left out; medians are shown. Tokens are
 those of rows, without padding; the ratio that counts is that of tokens a second. "Of peak": the operations that the
-tokens need in matrix products, over the time, over what a product of large matrices reaches in the same process.
+tokens need in matrix products, over the time, over the most that products of large matrices reach in these processes.
 Packed ways take as many packs a step as have the tokens of a padded one. Blocks are computed once in all of them, also
 in TRL's, whose default is to compute them again in backward. KEY=VALUE change Towline's configuration.
 

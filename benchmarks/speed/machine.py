@@ -1,10 +1,9 @@
-"""What the machine can do in matrix products, and how many of them a workload needs."""
+"""What computes, and how many operations in matrix products a workload needs."""
 
 from __future__ import annotations
 
 import platform
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,9 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-
-CALIBRATION_SECONDS = 0.5
-SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
 
 
 class RowLength(NamedTuple):
@@ -40,26 +36,6 @@ def processor() -> str:
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor() or platform.machine()
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the most floating-point operations a second that products of square matrices reach here."""
-    best = 0.0
-    for size in SIZES[device.type]:
-        left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        torch.mm(left, right)
-        for seconds in _timed(lambda left=left, right=right: torch.mm(left, right), device):
-            best = max(best, 2 * size**3 / seconds)
-    return best
-
-
-def _timed(call: Any, device: torch.device) -> Iterator[float]:
-    ends = time.perf_counter() + CALIBRATION_SECONDS
-    while (started := time.perf_counter()) < ends:
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        yield time.perf_counter() - started
 
 
 def training_flops(model: Any, rows: Sequence[RowLength]) -> float:

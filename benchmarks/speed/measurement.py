@@ -26,8 +26,8 @@ class Measurement:
         return self.num_supervised / self.seconds
 
     @property
-    def share_of_peak(self) -> float:
-        return self.flops / self.seconds / self.peak_flops
+    def needed_flops_per_second(self) -> float:
+        return self.flops / self.seconds
 
     @property
     def padding(self) -> float:

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from benchmarks.speed.machine import peak_flops
 from benchmarks.speed.measurement import Measurement
 from benchmarks.speed.preparing import Facts
 from benchmarks.speed.workloads import Settings, Way, Workload
+from src.runtime.products import matmul_flops_per_second
+
+CALIBRATION_SECONDS = 1.0
 
 
 class StepSize(NamedTuple):
@@ -78,7 +80,7 @@ def measure(workload: Workload, way: Way, settings: Settings, folder: Path) -> M
         *measured,
         losses=[float(loss) for loss in watch.losses],
         peak_memory_bytes=memory,
-        peak_flops=peak_flops(device, dtype),
+        peak_flops=matmul_flops_per_second(device, dtype, CALIBRATION_SECONDS),
         flops=facts.flops_per_token * measured.num_tokens,
     )
 

@@ -29,6 +29,11 @@ class Results:
         """What the ratios are to: TRL's default, else the Trainer."""
         return next((name for name in ("trl", "trainer", "bare") if name in self.rounds), None)
 
+    @property
+    def peak_flops(self) -> float:
+        """Return the most that products of large matrices reached in any of the processes."""
+        return max(one.peak_flops for each in self.rounds.values() for one in each)
+
     def median(self, way: str, value: Callable[[Measurement], float]) -> float:
         return statistics.median(value(one) for one in self.rounds[way])
 
@@ -74,7 +79,7 @@ class Results:
             f"{self.median(name, lambda one: one.supervised_per_second):,.0f}",
             "" if self.base is None else f"{self.ratio(name, self.base):.2f}",
             f"{self.median(name, lambda one: one.peak_memory_bytes) / 2**30:.2f} GiB",
-            f"{self.median(name, lambda one: one.share_of_peak):.0%}",
+            f"{self.median(name, lambda one: one.needed_flops_per_second) / self.peak_flops:.0%}",
             f"{each[0].padding:.0%}",
             f"{first:.4f} to {last:.4f}" + ("" if WAYS[name].follows_order else " (own order)"),
         ]
@@ -92,8 +97,7 @@ class Results:
         if "towline" in self.rounds and self.base not in (None, "bare"):
             ours_bytes, theirs = (self.median(way, lambda one: one.peak_memory_bytes) for way in ("towline", self.base))
             said.append(f"Padded, its peak memory is {ours_bytes / theirs:.2f} times that of {WAYS[self.base].about}")
-        peak = statistics.median(one.peak_flops for each in self.rounds.values() for one in each)
-        said.append(f"Matrix products reach {peak / 1e9:,.0f} GFLOP/s here")
+        said.append(f"Matrix products reach {self.peak_flops / 1e9:,.0f} GFLOP/s here")
         return [one + "." for one in said]
 
 
