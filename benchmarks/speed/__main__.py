@@ -77,7 +77,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="other settings for Towline, as for src.run")
     parser.add_argument("--workloads", type=chosen(WORKLOADS), help=f"of {', '.join(WORKLOADS)}")
-    parser.add_argument("--ways", type=chosen(WAYS), default=list(WAYS.values()), help=f"of {', '.join(WAYS)}")
+    parser.add_argument("--ways", type=chosen(WAYS), help=f"of {', '.join(WAYS)}")
     parser.add_argument("--rounds", type=at_least_one, default=3)
     parser.add_argument(
         "--steps", type=at_least_one, help="measured steps of padded batches, in place of each workload's"
@@ -93,6 +93,8 @@ def parse() -> argparse.Namespace:
     for option, file in (("--rows", given.rows), ("--checkpoint", given.checkpoint)):
         if file is not None and not Path(file).exists():
             parser.error(f"{option}: {file} does not exist")
+    if given.ways is None:
+        given.ways = [way for way in WAYS.values() if given.device == "cuda" or not way.has_kernels]
     if given.workloads is not None:
         if given.checkpoint is None and any(one.architecture is None for one in given.workloads):
             parser.error("real and real_lora need --checkpoint DIR, a pretrained model")

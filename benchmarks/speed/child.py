@@ -7,6 +7,7 @@ from pathlib import Path
 
 from benchmarks.speed.workloads import WAYS, WORKLOADS, Settings
 from src.cli.environment import set_switches
+from src.errors import TowlineError
 
 
 def main(request: Path, result: Path) -> None:
@@ -28,4 +29,7 @@ def main(request: Path, result: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:3]))
+    try:
+        main(*map(Path, sys.argv[1:3]))
+    except TowlineError as error:
+        sys.exit(str(error))

@@ -10,6 +10,7 @@ from benchmarks.speed.measurement import Measurement
 from benchmarks.speed.workloads import WAYS, Settings, Way, Workload
 from src import markdown
 from src.figures import Figure, Series
+from src.util import in_words
 
 TOLERANCES = {"no": 1e-4, "bf16": 3e-2}
 """How far losses of the same step may be apart, in nats, by mixed precision."""
@@ -122,9 +123,10 @@ def as_figure(all_results: Sequence[Results]) -> Figure:
         ]
         x, y = ([point[i] for point in points] for i in (0, 1))
         series.append(Series(WAYS[name].about, x, y, "points"))
+    bases = dict.fromkeys(WAYS[results.base].about for results in all_results if results.base is not None)
     return Figure(
         "speed",
-        "Tokens per second, relative to TRL's SFTTrainer (BART: to transformers' Trainer)",
+        f"Tokens per second, relative to {in_words(bases, 'or')}",
         "",
         "times as many tokens per second",
         series,
