@@ -17,12 +17,11 @@ from src.evaluation.evaluate import open_evaluator
 from src.evaluation.samples import sample
 from src.model.embeddings import check_new_rows
 from src.overview import overview
-from src.runtime.products import bf16_warnings
 from src.runtime.profiling import profiled
 from src.runtime.signals import StopRequest
 from src.sweep.pruning import Pruning, end_early
 from src.tracking.tracker import Tracker
-from src.training.assembly import assemble_model, data_warnings, load_initial_weights, record_provenance, start_session
+from src.training.assembly import assemble_model, load_initial_weights, record_provenance, run_warnings, start_session
 from src.training.loop import train
 from src.training.resume import ResumePoint
 from src.training.saving import export_trained, fingerprint_of, open_saver
@@ -33,13 +32,11 @@ from src.training.work_ahead import work_ahead
 def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> dict[str, float]:
     """Train, evaluate and export one job, from the beginning or from a checkpoint, and return its summary.
 
-    TowlineError is what the user can fix, or that the run went wrong; Interrupted and Pruned, that something asked it
-    to stop: it is saved then, if it had begun to train.
+    TowlineError: the user can fix it, or it went wrong. Interrupted, Pruned: it was asked to stop, and saved if begun.
     """
     with start_session(job, found, stop) as (runtime, job, resume):  # job and checkpoint are the same on every rank
         job = resume.adjust(job, runtime.num_processes, tracker.warn)  # as many rows a step as before
         config, provenance = job.config, record_provenance(tracker, job, runtime)
-        tracker.warn(*bf16_warnings(config, runtime.device))
 
         tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
         data = build_data(config, tokenizer, tracker.console.working)  # counts what it kept, truncated and dropped
@@ -50,7 +47,7 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
         check_new_rows(state.model, built.initialised)  # bit for bit, after wrapping
         tracker.warn(*load_initial_weights(state, tokenizer, runtime, config))  # init_from
         evaluator = open_evaluator(config, state.loss_model, state.model, data, runtime, tracker.console)
-        tracker.warn(*data_warnings(config, data, tokenizer, state))
+        tracker.warn(*run_warnings(config, data, tokenizer, state, runtime))
         tracker.show_overview(overview(job, state, built, data, runtime), work_ahead(config, data, state))
         samples, num_prompts = data.for_samples(), config.evaluation.sample_prompts
         untrained = resume.untrained or [one.text for one in sample(evaluator, samples, num_prompts, step=0)]
@@ -60,8 +57,7 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
         with open_saver(job, resume, state, fingerprint, untrained, runtime, tracker) as saver, stop.deferred():
             pruning = Pruning(job.trial if runtime.is_main else None, job.run_dir, saver.lines, tracker.warn)
             steps = train(state, data.train, config, runtime, evaluator.generator.pad_token_id)
-            num_traced = config.runtime.profile_steps if runtime.is_main else None
-            for step in profiled(steps, num_traced, job.run_dir, tracker.console.label):
+            for step in profiled(steps, job, runtime, tracker.console.label):
                 tracker.progress(step, state.num_steps, is_logged=step.is_due(config.training.logging_steps))
                 tracker.warn(*step.warnings)
                 if saver.is_due(step):

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from src.config.job import Job
 from src.runtime.profiling import WARM_UP, Part, profiled, region, totals_by_part
-from tests.conftest import towline
+from src.runtime.session import Runtime
+from tests.conftest import admitted, towline
 
 
 def test_a_piece_counts_once_and_within_an_evaluation_as_that() -> None:
@@ -39,6 +41,10 @@ def test_a_piece_counts_once_and_within_an_evaluation_as_that() -> None:
     assert totals["evaluation"].peak_bytes == 37
 
 
+def job_of(folder: Path, num_traced: int | str) -> Job:
+    return admitted("tracking=none", f"runtime.profile_steps={num_traced}", f"hydra.run.dir={folder}")
+
+
 def allocating(log: list[str]) -> Iterator[int]:
     for number in range(WARM_UP + 4):
         with region("forward"):
@@ -48,9 +54,11 @@ def allocating(log: list[str]) -> Iterator[int]:
         yield number
 
 
-def test_steps_are_traced_after_those_that_warm_up_and_all_are_yielded(tmp_path: Path) -> None:
+def test_steps_are_traced_after_those_that_warm_up_and_all_are_yielded(tmp_path: Path, runtime: Runtime) -> None:
     log: list[str] = []
-    found = list(profiled(allocating(log), 2, tmp_path, lambda label, text: log.append(f"{label}: {text}")))
+    found = list(
+        profiled(allocating(log), job_of(tmp_path, 2), runtime, lambda label, text: log.append(f"{label}: {text}"))
+    )
     assert found == list(range(WARM_UP + 4))
     said = [line for line in log if line != "step"]
     assert len(said) == 1
@@ -63,18 +71,20 @@ def test_steps_are_traced_after_those_that_warm_up_and_all_are_yielded(tmp_path:
     assert names.count("towline/forward") == names.count("towline/tracking") == 2
 
 
-def test_too_few_steps_are_said_and_none_is_traced_unless_asked(tmp_path: Path) -> None:
+def test_too_few_steps_are_said_and_none_is_traced_unless_asked(tmp_path: Path, runtime: Runtime) -> None:
     said: list[str] = []
-    assert list(profiled(iter(range(WARM_UP)), 5, tmp_path, lambda _, text: said.append(text))) == list(range(WARM_UP))
+    assert list(
+        profiled(iter(range(WARM_UP)), job_of(tmp_path, 5), runtime, lambda _, text: said.append(text))
+    ) == list(range(WARM_UP))
     assert said == [f"no step was traced: the first {WARM_UP} warm up, and there were no more"]
-    list(profiled(iter(range(9)), None, tmp_path, lambda _, text: said.append(text)))
+    list(profiled(iter(range(9)), job_of(tmp_path, "null"), runtime, lambda _, text: said.append(text)))
     assert len(said) == 1
     assert not (tmp_path / "profile").exists()
 
 
-def test_a_run_that_is_stopped_while_it_is_traced_keeps_what_there_is(tmp_path: Path) -> None:
+def test_a_run_that_is_stopped_while_it_is_traced_keeps_what_there_is(tmp_path: Path, runtime: Runtime) -> None:
     said: list[str] = []
-    steps = profiled(allocating([]), 100, tmp_path, lambda _, text: said.append(text))
+    steps = profiled(allocating([]), job_of(tmp_path, 100), runtime, lambda _, text: said.append(text))
     with pytest.raises(KeyboardInterrupt):
         for number in steps:
             if number == WARM_UP + 1:

@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from src.config.job import Job
 from src.markdown import code, table
+from src.runtime.session import Runtime
 from src.util import human_bytes, write_atomically
 
 FOLDER, TRACE, TABLE = "profile", "trace.json.gz", "table.md"
@@ -50,14 +52,14 @@ class PartTotals:
     peak_bytes: int = 0  # held at most during it, above what was held when the trace began
 
 
-def profiled(
-    steps: Iterator[StepT], num_traced: int | None, run_dir: Path, say: Callable[[str, str], None]
-) -> Iterator[StepT]:
-    """Yield steps; trace `num_traced` of them after WARM_UP others, with all that is done between two of them.
+def profiled(steps: Iterator[StepT], job: Job, runtime: Runtime, say: Callable[[str, str], None]) -> Iterator[StepT]:
+    """Yield steps; the main process traces `runtime.profile_steps` of them after WARM_UP others, with all that is done
+    between two of them.
 
-    The trace and the table go into `run_dir`/profile; `say` takes a label and the table as text.
+    The trace and the table go into the run's folder; `say` takes a label and the table as text.
     """
-    if num_traced is None:
+    num_traced = job.config.runtime.profile_steps
+    if num_traced is None or not runtime.is_main:
         yield from steps
         return
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
@@ -75,7 +77,7 @@ def profiled(
     finally:
         if count:  # also of a run that ends, or is stopped, before that
             tracer.stop()
-            _write(tracer, count, run_dir / FOLDER, say)
+            _write(tracer, count, job.run_dir / FOLDER, say)
     if not count:
         say("profile", f"no step was traced: the first {WARM_UP} warm up, and there were no more")
     yield from steps

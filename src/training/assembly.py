@@ -24,6 +24,7 @@ from src.model.merging import merge, probe_ids
 from src.model.untrained import untrained_tokens
 from src.progress import Progress
 from src.runtime.launch import num_processes
+from src.runtime.products import bf16_warnings
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.sharding import deepspeed_settings
 from src.runtime.signals import StopRequest
@@ -141,8 +142,9 @@ def load_initial_weights(state: TrainState, tokenizer: Any, runtime: Runtime, co
     return warnings
 
 
-def data_warnings(config: RunConfig, data: Data, tokenizer: Any, state: TrainState) -> list[str]:
-    """Return what about the data and the schedule will likely make the training worse than it could be."""
+def run_warnings(config: RunConfig, data: Data, tokenizer: Any, state: TrainState, runtime: Runtime) -> list[str]:
+    """Return what will likely make the training worse, or slower, than it could be: data, schedule, precision."""
     about = [*advice(config, data, tokenizer), *about_schedule(config, state.num_steps, state.steps_per_epoch)]
     found = [one.text for one in about if one.level is not Level.note]
-    return [*found, *warmup_warnings(config.scheduler, state.num_steps)]
+    slow = bf16_warnings(config, runtime.device)
+    return [*found, *warmup_warnings(config.scheduler, state.num_steps), *slow]
