@@ -19,6 +19,7 @@ from src.sweep.engines.local import Workers
 from src.sweep.engines.remote import code_of_lost
 from src.sweep.sweeper import lead
 from src.tracking.sweep_files import read_sweep
+from src.trials.standings import read_standings
 from tests.conftest import read_lines, write_lines
 from tests.sweeps import board_of, planned, starts, states, study_of
 from tests.test_damage import contents
@@ -353,6 +354,14 @@ def test_a_sweeps_file_of_wrong_shapes_is_told_by_name(sweep: Path, changes: dic
     if {"history", "counts"} & changes.keys():  # what goes to MLflow too
         with pytest.raises(DamagedFileError, match=r"sweep\.json is damaged"):
             read_sweep(sweep)
+
+
+@pytest.mark.parametrize("judged", [{}, {"metric": "a"}, {"metric": ["a", "b"], "direction": "minimize"}])
+def test_metrics_without_a_direction_each_are_told_where_the_sweep_is_read(sweep: Path, judged: dict[str, Any]) -> None:
+    file = sweep / "sweep.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sweep": judged, "history": []}))
+    with pytest.raises(DamagedFileError, match=r"sweep\.json is damaged: .*direction"):
+        read_standings(sweep)
 
 
 def test_options_that_were_kept_are_those_that_are_composed(sweep: Path) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 from src.config.frozen import SWEEP
 from src.errors import DamagedFileError, SweepError, report
 from src.metrics import METRICS, is_detail
+from src.records import damaged
 from src.tracking.late_metrics import read_summary
 from src.tracking.lock import hold
 from src.trials import leaderboard
-from src.trials.folder import SweepFolder, TrialStatus
+from src.trials.folder import REMEDY, SweepFolder, TrialStatus
 from src.trials.pareto import Goals, front_conclusion, rank_by_several
 from src.trials.ranking import MEMORY, SECONDS, Result, Row, conclusion, rank
 from src.trials.trial import Trial
@@ -96,11 +97,13 @@ def read_standings(sweep: Path) -> Standings:
     if not (sweep / SWEEP).exists():
         raise SweepError(f"{sweep} is no sweep's folder: there is no {SWEEP} in it")
     content, trials = record.read(), record.trials()
+    judged = [as_tuple(content["sweep"].get(key)) for key in ("metric", "direction")]
+    if len(judged[0]) != len(judged[1]) or not all(isinstance(one, str) for one in (*judged[0], *judged[1])):
+        raise damaged(sweep / SWEEP, "sweep.metric and sweep.direction are not a name and a direction for each", REMEDY)
     record.check_places(trials)
     held = {number for number, _ in record.held([trial.number for trial in trials])}
     statuses = {
-        trial.number: record.status(trial.number, as_tuple(content["sweep"]["metric"]), is_running=trial.number in held)
-        for trial in trials
+        trial.number: record.status(trial.number, judged[0], is_running=trial.number in held) for trial in trials
     }
     return rank_trials(sweep, trials, statuses, content["name"], content["sweep"])
 
