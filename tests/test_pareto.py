@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from src.figures import write_png
 from src.trials import leaderboard
 from src.trials.front_figures import figures
 from src.trials.pareto import FrontRow, Goals, dominates, front, front_conclusion, layers, rank_by_several
-from src.trials.ranking import Result
+from src.trials.ranking import Result, rank
 from src.trials.significance import seeds_to_tell
 
 EXACT, LOSS = "eval/test/exact_match", "eval/test/loss"
@@ -47,6 +48,42 @@ FAR: Values = {
     "near": ([0.5, 0.49, 0.51], [0.11, 0.13, 0.11]),
     "bad": ([0.2, 0.21, 0.19], [0.91, 0.93, 0.90]),
 }
+
+
+def test_lost_replicates_put_nobody_on_the_front() -> None:
+    level = [0.5, 0.5, 0.5]
+    values: Values = {"whole": (level, [1.0, 1.0, 9.0]), "lost": (level[:2], [2.0, 2.1])}
+    rows = ranked(values)
+    assert {setting: row.is_reference for setting, row in rows.items()} == {"whole": True, "lost": False}
+    paired = stats.ttest_rel([1.0, 1.0], [2.0, 2.1]).pvalue
+    assert rows["lost"].p_value == pytest.approx(2 * paired)  # by two metrics
+    alone = {
+        row.setting: row
+        for row in rank([replace(one, values=one.values[1:]) for one in trials(values)], direction="minimize")
+    }
+    assert alone["whole"].is_reference
+    assert alone["lost"].p_value == pytest.approx(paired)
+
+    cut = [*trials({"pruned": (level[:2], [0.1, 0.2]), "whole": (level, [1.0, 1.0, 1.1])})]
+    cut.append(Result(9, "pruned", "pruned", "", (3, None), "PRUNED", ()))
+    assert [row.setting for row in rank_by_several(cut, GOALS) if row.is_reference] == ["whole"]
+
+
+def test_rows_that_lack_each_others_replicates_come_to_an_end() -> None:
+    """On what each two share, each is better than the next: round in a circle."""
+    lacking = {
+        "a": {1: 1.0, 2: 1.0, 3: 9.0, 4: 9.0},
+        "b": {1: 2.0, 2: 2.0, 5: 1.0, 6: 1.0},
+        "c": {3: 1.0, 4: 1.0, 5: 2.0, 6: 2.0},
+    }
+    found = [
+        Result(number, setting, setting, "", (seed, None), "FINISHED", (0.5, value))
+        for setting, values in lacking.items()
+        for number, (seed, value) in enumerate(values.items(), 10 * ord(setting))
+    ]
+    rows = rank_by_several(found, GOALS)
+    assert any(row.is_reference for row in rows)
+    assert all(row.rank for row in rows)
 
 
 def test_the_front_is_first_and_what_is_dominated_for_sure_is_not() -> None:
@@ -134,10 +171,22 @@ def test_ranks_depend_on_no_order_and_follow_from_pairs(num_metrics: int) -> Non
         signs = [1 if one == "minimize" else -1 for one in goals.values()]
         points = {name: tuple(np.mean(of, axis=1) * signs) for name, of in values.items()}
         trusted = [name for name in values if len(values[name][0]) > 1] or list(values)
-        on_front = {a for a in trusted if not any(dominates(points[b], points[a]) for b in trusted)}
+
+        def is_better(a: str, b: str, of: Values = values, signs: Sequence[int] = signs) -> bool:
+            """Compare on the seeds of both, where one has more than the other."""
+            both = min(len(of[a][0]), len(of[b][0]))
+            gaps = [s * np.mean(np.subtract(x[:both], y[:both])) for s, x, y in zip(signs, of[a], of[b], strict=True)]
+            return both > 1 and len(of[a][0]) != len(of[b][0]) and max(gaps) <= 0 > min(gaps)
+
+        while True:
+            on_front = {a for a in trusted if not any(dominates(points[b], points[a]) for b in trusted)}
+            out = [a for a in on_front if any(is_better(b, a) for b in trusted)]
+            if not out:
+                break
+            trusted.remove(min(out, key=lambda name: (len(values[name][0]), name)))
         assert {name for name, row in rows.items() if row.is_reference} == on_front
         for name, row in rows.items():
-            is_beaten = any(dominates(points[one], points[name]) for one in on_front)
+            is_beaten = any(dominates(points[one], points[name]) or is_better(one, name) for one in on_front)
             assert row.rank == 1 or (is_beaten and row.p_value is not None and row.p_value < 0.05)
             assert row.n > 1 or row.rank == 1
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from src.errors import ConfigError, DamagedFileError
+from src.errors import ConfigError
 from src.report import page_of
 from src.reporting.page import Table
 from src.search.study import Study, Unit
@@ -126,9 +126,11 @@ def test_more_steps_and_fewer_tokens_are_a_front(
     earlier = earlier_units(plan.config, plan.folder)
     assert [unit.values[1] for unit in earlier] == [mean, (ends[2]["tokens_seen"] + ends[3]["tokens_seen"]) / 2]
     assert len(Study(plan.config, plan.axes, [], lambda _: None, earlier)._optuna()[0].trials) == 2
+    plan.config.metric = [*reversed(plan.config.metrics)]
+    turned = earlier_units(plan.config, plan.folder)
+    assert [unit.values for unit in turned] == [unit.values[::-1] for unit in earlier]
     plan.config.metric, plan.config.direction = LOSS, "minimize"
-    with pytest.raises(DamagedFileError, match=r"warm_start\.jsonl.*2 metrics"):
-        earlier_units(plan.config, plan.folder)
+    assert [unit.values for unit in earlier_units(plan.config, plan.folder)] == [unit.values[:1] for unit in earlier]
 
     monkeypatch.setattr("src.sweep.sweeper.write_png", lambda *_: None)
     assert swept_and_drawn(*grid, *TWO) == 0

@@ -64,26 +64,31 @@ def profiled(steps: Iterator[StepT], job: Job, runtime: Runtime, say: Callable[[
         return
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     tracer = profile(activities=kinds, profile_memory=True)
-    count = 0
+    number, is_tracing = 0, False
     try:
         for number, step in enumerate(steps, start=1):
-            count += number > WARM_UP
             with region("tracking"):
                 yield step
             if number == WARM_UP:
                 tracer.start()
-            if count == num_traced:
+                is_tracing = True
+            if number == WARM_UP + num_traced:
                 break
-    finally:
-        if count:  # also of a run that ends, or is stopped, before that
+    finally:  # a run that is stopped has its checkpoint to write, and no table
+        if is_tracing:
             tracer.stop()
-            _write(tracer, count, job.run_dir / FOLDER, say)
-    if not count:
-        say("profile", f"no step was traced: the first {WARM_UP} warm up, and there were no more")
+    try:
+        _write(tracer, number - WARM_UP, job.run_dir / FOLDER, say)
+    except OSError as error:
+        say("profile", f"not written: {error}")
     yield from steps
 
 
 def _write(tracer: Any, num_steps: int, folder: Path, say: Callable[[str, str], None]) -> None:
+    if num_steps < 1:
+        say("profile", f"no step was traced: the first {WARM_UP} warm up, and there were no more")
+        return
+    say("profile", f"{num_steps} steps are traced; summing up")
     folder.mkdir(parents=True, exist_ok=True)
     tracer.export_chrome_trace(str(folder / TRACE))
     totals, span = totals_by_part(*_read(tracer))
@@ -145,7 +150,7 @@ def totals_by_part(parts: Sequence[Part], changes: Sequence[tuple[float, int]]) 
             totals[of_around].seconds -= part.end - part.start
             totals[of_around].device_seconds -= part.device_seconds
         first, last = bisect_left(moments, part.start), bisect_right(moments, part.end)
-        total.peak_bytes = max(total.peak_bytes, *held[first + 1 : last + 1], 0)
+        total.peak_bytes = max(total.peak_bytes, *held[first : last + 1])
         open_pieces.append((part, name))
     span = max((part.end for part in parts), default=0.0) - min((part.start for part in parts), default=0.0)
     if (rest := span - sum(total.seconds for total in totals.values())) > 0:

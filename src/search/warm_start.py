@@ -11,41 +11,44 @@ from src.errors import SweepError
 from src.records import NUMBER, Types, check_keys, read_lines
 from src.search.study import Unit
 from src.trials.folder import SweepFolder
-from src.util import as_tuple, in_words, one_or_list, plural, write_atomically
+from src.util import as_tuple, in_words, one_or_list, write_atomically
 
 FILE = "warm_start.jsonl"
-KEYS: Mapping[str, Types] = {"overrides": list, "value": (*NUMBER, list)}
+KEYS: Mapping[str, Types] = {
+    "overrides": list,
+    "value": (*NUMBER, list),
+    "metric": (str, list),
+    "source": str,  # what the value is of, and the sweep that it is from
+}
 
 
 def earlier_units(config: SweepConfig, sweep: Path) -> list[Unit]:
     """Return the settings of `sweep.warm_start` and their results at the first start, numbered -1, -2, ….
 
+    Where this sweep's metrics, or that folder, have changed since, they are read anew.
     SweepError: it is no sweep's folder, or nothing in it has a value of this sweep's metric.
     """
     if config.warm_start is None:
         return []
-    file, metrics = sweep / FILE, config.metrics
-    if not file.exists():
-        found = list(_results(Path(config.warm_start), metrics))
-        if not found:
-            reason = f"no trial there has finished with a value of {in_words(metrics)}"
+    file = sweep / FILE
+    origin = {"metric": one_or_list(config.metrics), "source": str(Path(config.warm_start).resolve())}
+    lines = []
+    if file.exists():
+        remedy = "Remove it, and it is made of sweep.warm_start again."
+        lines = [line.content for line in read_lines(file, lambda line, _: check_keys(line, KEYS), remedy=remedy)]
+    if not lines or any(line[key] != value for line in lines for key, value in origin.items()):
+        lines = [{**one, **origin} for one in _results(Path(config.warm_start), config.metrics)]
+        if not lines:
+            reason = f"no trial there has finished with a value of {in_words(config.metrics)}"
             raise SweepError(f"sweep.warm_start = {config.warm_start}: {reason}")
-        write_atomically(file, "".join(json.dumps(one) + "\n" for one in found))
-    remedy = "Remove it, and it is made of sweep.warm_start again."
-
-    def check(line: Mapping[str, Any], _: Any) -> None:
-        check_keys(line, KEYS)
-        if (count := len(as_tuple(line["value"]))) != len(metrics):
-            raise ValueError(f"its value is of {plural(count, 'metric')}, and the sweep has {len(metrics)}")
-
-    lines = [line.content for line in read_lines(file, check, remedy=remedy)]
+        write_atomically(file, "".join(json.dumps(one) + "\n" for one in lines))
     return [
         Unit(-number, tuple(line["overrides"]), "FINISHED", as_tuple(line["value"]))
         for number, line in enumerate(lines, start=1)
     ]
 
 
-def _results(folder: Path, metrics: tuple[str, ...]) -> Iterator[dict[str, object]]:
+def _results(folder: Path, metrics: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """Yield the overrides and the mean value of each finished setting of a sweep; of several metrics a list."""
     record, of_setting = SweepFolder(folder), dict[str, list[tuple[tuple[str, ...], tuple[float, ...]]]]()
     if not record.read():

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import le
-from statistics import mean
+from statistics import fmean, mean
 from typing import TypeVar
 
 from src.trials.ranking import (
@@ -26,6 +26,7 @@ from src.trials.ranking import (
     seeds_of,
     sign_of,
     tally,
+    trusted,
     without_values,
 )
 from src.trials.significance import MOST_SEEDS, SIGNIFICANCE, Replicate, compare, holm
@@ -127,13 +128,23 @@ def _ranked(rows: Sequence[FrontRow], goals: Goals, num_folds: int | None) -> It
     """Yield rows with values, compared with the front."""
     of_each = {row.setting: [mean(one.values.values()) for one in row.objectives] for row in rows}
     means = {setting: point_of(values, goals.values()) for setting, values in of_each.items()}
-    trusted = {row.setting: means[row.setting] for row in rows if row.n > 1} or means
-    layer_of = {setting: place for place, layer in enumerate(layers(trusted)) for setting in layer}
+    candidates = list(trusted(rows))
+    while True:
+        layer_of = _places(layers({row.setting: means[row.setting] for row in candidates}))
+        first = [row for row in candidates if layer_of[row.setting] == 0]
+        flattered = [row for row in first if any(_dominates_where_shared(one, row, goals) for one in candidates)]
+        if not flattered:
+            break
+        candidates.remove(min(flattered, key=lambda row: (row.n, row.setting)))
     best = [replace(row, is_reference=True) for row in rows if layer_of.get(row.setting) == 0]
     found = []
     for row in rows:
-        if layer_of.get(row.setting) != 0:
-            rivals = [one for one in best if dominates(means[one.setting], means[row.setting])]
+        if layer_of.setdefault(row.setting, 1) != 0:
+            rivals = [
+                one
+                for one in best
+                if dominates(means[one.setting], means[row.setting]) or _dominates_where_shared(one, row, goals)
+            ]
             found.append(_against(row, rivals, goals, num_folds))
     compared = [
         replace(row, p_value=p_value, is_tied=p_value is None or p_value >= SIGNIFICANCE)
@@ -151,6 +162,23 @@ def _ranked(rows: Sequence[FrontRow], goals: Goals, num_folds: int | None) -> It
         yield replace(row, rank=rank, more_seeds=more_seeds(row, most, level, num_folds))
 
 
+def _places(of_layers: Sequence[Sequence[Key]]) -> dict[Key, int]:
+    return {key: place for place, layer in enumerate(of_layers) for key in layer}
+
+
+def _dominates_where_shared(one: FrontRow, other: FrontRow, goals: Goals) -> bool:
+    """Return whether a row dominates another on the replicates that both have, where these say more than the means."""
+    shared = one.values.keys() & other.values.keys()
+    if len(shared) < 2 or one.values.keys() == other.values.keys():
+        return False
+    pairs = zip(one.objectives, other.objectives, goals.values(), strict=True)
+    gaps = [
+        sign_of(direction) * fmean(mine.values[key] - theirs.values[key] for key in shared)
+        for mine, theirs, direction in pairs
+    ]
+    return max(gaps) <= 0 > min(gaps)
+
+
 def _against(row: FrontRow, rivals: Sequence[FrontRow], goals: Goals, num_folds: int | None) -> FrontRow:
     """Return a row with the surest of its tests against rivals by each metric; its p is corrected for their number."""
     tests = [
@@ -159,10 +187,12 @@ def _against(row: FrontRow, rivals: Sequence[FrontRow], goals: Goals, num_folds:
         for ours, theirs, direction in zip(row.objectives, rival.objectives, goals.values(), strict=True)
     ]
     worse = [test for sign, test in tests if sign * test.difference > 0]
-    if not worse:
+    if not tests:
         return row
-    surest = min(worse, key=lambda test: (test.p_value is None, test.p_value or 0.0))
-    p_value = None if surest.p_value is None else min(1.0, len(tests) * surest.p_value)  # Bonferroni
+    surest = min(worse or [test for _, test in tests], key=lambda test: (test.p_value is None, test.p_value or 0.0))
+    p_value = surest.p_value
+    if p_value is not None:  # Bonferroni
+        p_value = min(1.0, len(tests) * p_value) if worse else 1.0
     return replace(row, **vars(surest) | {"p_value": p_value}, num_tests=len(tests))
 
 

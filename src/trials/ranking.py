@@ -220,13 +220,19 @@ def _reference(rows: Sequence[Row], sign: int) -> Row:
     such rows are chosen only where there are no others. Means over other replicates than a rival's are not comparable:
     while a rival is better on what both have, it takes the place.
     """
-    candidates = [row for row in rows if row.n > 1 and not row.pruned] or [row for row in rows if row.n > 1] or rows
+    candidates = trusted(rows)
     best = min(candidates, key=lambda row: (sign * mean(row.values.values()), -row.n))
     rivals = [row for row in candidates if row is not best]
     while better := [row for row in rivals if sign * _shared_gap(row, best) < 0]:
         best = min(better, key=lambda row: sign * _shared_gap(row, best))
         rivals.remove(best)
     return best
+
+
+def trusted(rows: Sequence[AnyRow]) -> Sequence[AnyRow]:
+    """Return the rows that may be first: with several values, and none pruned, as far as there are such."""
+    several = [row for row in rows if row.n > 1]
+    return [row for row in several if not row.pruned] or several or rows
 
 
 def _shared_gap(row: Row, best: Row) -> float:

@@ -26,6 +26,7 @@ ROWS_OF_A_STEP = (
 )
 """Keys whose product is how many rows make a step."""
 PORT = checks.Check("a port's number, from 1 to 65535", lambda v: v is None or (checks.is_int(v) and 1 <= v <= 65535))
+TRACED = checks.up_to(100, "summing up a traced step takes seconds")
 MACHINES = checks.up_to(65_536, "more machines than any cluster has")
 _runtime_key = partial(key, resume=BY_OUTCOME, read_by=(*GENERATING, "export"))
 
@@ -174,7 +175,7 @@ class RuntimeConfig:
     main_process_ip: str | None = _runtime_key()
     main_process_port: int | None = _runtime_key(PORT)
     deterministic: bool = _runtime_key(resume=Impact.rounding)
-    profile_steps: int | None = key(AT_LEAST_ONE, None, resume=Impact.harmless)
+    profile_steps: int | None = key(TRACED, None, resume=Impact.harmless)
 
     @property
     def world_size(self) -> int:
