@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -38,7 +39,9 @@ def test_points_are_those_of_the_product_without_what_is_not_varied(data: st.Dat
         if place and (others := data.draw(st.sets(st.sampled_from(keys[:place]), max_size=2)))
     }
     problems: list[Problem] = []
-    ordered = with_conditions(list(reversed(axes)), when, problems)  # the order in which they are written is free
+    ordered = with_conditions(
+        list(reversed(axes)), {}, when, problems, is_typed=False
+    )  # the order in which they are written is free
     wanted = set()
     for values in itertools.product(*(range(num_values[key]) for key in keys)):
         point = dict(zip(keys, values, strict=True))
@@ -100,6 +103,7 @@ def test_samplers_propose_a_key_with_its_option_only(sampler: str) -> None:
         ("{optimizer.eps: {optimizer: sgd}}", r"sweep\.when\.optimizer\.eps", "not varied"),
         ("{optimizer.lr: {optimizer.eps: 1e-8}}", r"sweep\.when\.optimizer\.lr\.optimizer\.eps", "not varied"),
         ("{seed: {optimizer: sgd}}", r"sweep\.when\.seed", "not varied from setting to setting"),
+        ("{optimizer.lr: {seed: 1}}", r"sweep\.when\.optimizer\.lr\.seed", "a replicate"),
         ("{optimizer.momentum: sgd}", r"sweep\.when\.optimizer\.momentum", "a mapping"),
         ("{optimizer.momentum: {optimizer: [adamw, sgd], optimizer.lr: 5}}", "optimizer.lr", "0.001, 0.01"),
         (
@@ -124,3 +128,44 @@ def test_nothing_depends_on_an_interval_and_a_condition_is_offered_where_it_help
     with pytest.raises(ConfigError) as error:
         planned("optimizer=adamw,sgd", "optimizer.moment=0.1,0.2")  # no option has it
     assert "sweep.when" not in str(error.value)
+
+
+def from_file(folder: Path, *arguments: str) -> list[str]:
+    """Return the settings of a sweep whose file varies optimizer, lr and momentum, the last with sgd only."""
+    (folder / "sweep").mkdir(exist_ok=True)
+    text = "defaults: [_keys]\nname: mine\nparams:\n  optimizer: [adamw, sgd]\n  optimizer.lr: 1e-3,1e-2\n"
+    text += "  optimizer.momentum: 0.0,0.9\nwhen:\n  optimizer.momentum: {optimizer: sgd}\n"
+    (folder / "sweep" / "mine.yaml").write_text(text)
+    plan = planned(f"hydra.searchpath=[file://{folder}]", "sweep=mine", *arguments)
+    return [trial.label for trial in plan.trials]
+
+
+def test_a_command_sets_what_a_sweep_file_varies(tmp_path: Path) -> None:
+    assert len(from_file(tmp_path)) == 6
+    of_sgd = [f"optimizer.lr={lr} optimizer.momentum={one}" for lr in (0.001, 0.01) for one in (0.0, 0.9)]
+    assert from_file(tmp_path, "optimizer=sgd") == of_sgd
+    assert from_file(tmp_path, "optimizer=adamw") == ["optimizer.lr=0.001", "optimizer.lr=0.01"]
+    assert len(from_file(tmp_path, "optimizer=adamw,adafactor")) == 4
+    assert len(from_file(tmp_path, "optimizer=sgd", "optimizer.momentum=0.5")) == 2
+    with pytest.raises(ConfigError, match="adamw has no momentum"):
+        from_file(tmp_path, "~sweep.when")
+
+
+@pytest.mark.parametrize(("values", "given"), [("true,false", "true"), ("True,False", "true"), ("true,false", "True")])
+def test_conditions_compare_what_values_mean(values: str, given: str) -> None:
+    when = f"sweep.when={{optimizer.lr: {{runtime.deterministic: {given}}}}}"
+    plan = planned(f"runtime.deterministic={values}", "optimizer.lr=1e-3,1e-2", when)
+    assert len(plan.trials) == 3
+
+
+def test_numbers_are_equal_however_they_are_written() -> None:
+    when = "sweep.when={optimizer.lr: {loss.label_smoothing: 1e-1}}"
+    assert len(planned("loss.label_smoothing=0.0,0.10", "optimizer.lr=1e-3,1e-2", when).trials) == 3
+
+
+def test_a_grid_with_conditions_is_counted_not_written_out() -> None:
+    parents = [axis(f"p{number}", 99) for number in range(4)]
+    children = [axis(f"c{number}", 10) for number in range(4)]
+    when = {f"c{number}": {f"p{number}": [0, 1]} for number in range(4)}
+    ordered = with_conditions([*parents, *children], {}, when, [], is_typed=False)
+    assert size(ordered) == (97 + 2 * 10) ** 4

@@ -79,6 +79,18 @@ def test_memory_and_disk_that_are_not_there_are_told_before(capsys: pytest.Captu
     assert "without trial 4: no such model" in text
 
 
+def test_trials_that_share_a_gpu_have_to_fit_together(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(config: Mapping[str, Any], _: Console) -> TrialCost:
+        return TrialCost(1.0, 3 * 2**30, 1, 4 * 2**30)
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    shared = said(capsys, "seed=1,2,3,4", "sweep.n_jobs=4", forecast=half)
+    assert "the 2 processes that share a GPU need 6.0 GiB, and a GPU here has 4.0 GiB: sweep.n_jobs=2" in shared
+    assert "GPU" not in said(capsys, "seed=1,2", "sweep.n_jobs=2", forecast=half)
+
+
 def test_a_trial_is_forecast_from_its_own_configuration() -> None:
     large, small = (forecast_trial(one.config, Console()) for one in planned("tokens=tow,none").trials)
     assert large.seconds is not None

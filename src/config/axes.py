@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import IntervalSweep, Override, QuotedString, RangeSweep
 
 from src.config.command_line import (
     OPTIONAL_GROUPS,
@@ -229,26 +229,38 @@ def _unfit(axis: Axis) -> str:
     return "a log scale needs numbers above 0" if interval.is_log and interval.low <= 0 else ""
 
 
-def with_conditions(axes: Sequence[Axis], when: Mapping[str, Any], problems: list[Problem]) -> list[Axis]:
-    """Return axes with the conditions of `sweep.when`, each behind those that it depends on; adds what is wrong."""
+def with_conditions(
+    axes: Sequence[Axis], fixed: Mapping[str, str], when: Mapping[str, Any], problems: list[Problem], *, is_typed: bool
+) -> list[Axis]:
+    """Return axes with the conditions of `sweep.when`, each behind those that it depends on; adds what is wrong.
+
+    `fixed` are keys that all points have one value of, as KEY=VALUE. Unless `when` is of the command line too
+    (`is_typed`), a command may set or vary otherwise what a sweep file varies: a key whose condition then never holds
+    is not varied.
+    """
     by_key = {axis.key: axis for axis in axes}
-    found = list(_condition_problems(by_key, when))
-    if found:
+    if found := list(_condition_problems(by_key, fixed, when, is_typed=is_typed)):
         problems += found
         return list(axes)
     for key, conditions in when.items():
-        values = {other: frozenset(label(other, one) for one in _several(given)) for other, given in conditions.items()}
-        by_key[key] = replace(by_key[key], when=values)
+        if key in fixed:
+            continue
+        allowed = {other: _texts(by_key.get(other), fixed.get(other), given) for other, given in conditions.items()}
+        if any(not texts for texts in allowed.values()):
+            del by_key[key]
+        else:
+            conditions = {other: texts for other, texts in allowed.items() if other not in fixed}
+            by_key[key] = replace(by_key[key], when=conditions)
     ordered: list[Axis] = []
     while left := [axis for key, axis in by_key.items() if axis not in ordered]:
         placed = {axis.key for axis in ordered}
-        ready = next((axis for axis in left if axis.when.keys() <= placed), None)
+        ready = next((axis for axis in left if axis.when.keys() & by_key.keys() <= placed), None)
         if ready is None:
             names = in_words(axis.key for axis in left)
             problems.append(Problem("sweep.when", f"{names} depend on each other in a circle", has_value=False))
             return list(axes)
         ordered.append(ready)
-    never = [axis.key for axis in ordered if not any(axis.is_varied(point) for point in points(_parents(ordered)))]
+    never = [axis.key for axis in ordered if not any(axis.is_varied(point) for point, _ in _parents(ordered))]
     problems += [Problem(f"sweep.when.{key}", "no point meets all of it", when[key]) for key in never]
     return ordered
 
@@ -257,41 +269,87 @@ def _several(given: Any) -> list[Any]:
     return given if isinstance(given, list) else [given]
 
 
-def _condition_problems(axes: Mapping[str, Axis], when: Mapping[str, Any]) -> Iterator[Problem]:
+def _texts(axis: Axis | None, fixed: str | None, given: Any) -> frozenset[str]:
+    """Return those of an axis' values, or of a key's only one, each as KEY=VALUE, that are one of the given values."""
+    known = axis.values if axis is not None else [fixed or ""]
+    wanted = [_plain(one) for one in _several(given)]
+    return frozenset(text for text in known if _plain(text.partition("=")[2]) in wanted)
+
+
+def _plain(value: Any) -> Any:
+    """Return what a value means, given as it is or as it was written: true is True, 1.0 is 1, 1e-6 a number."""
+    if isinstance(value, str):
+        read = read_override(f"key={value}")
+        value = value if isinstance(read, Problem) else read.value()
+    value = value.text if isinstance(value, QuotedString) else value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number else json.dumps(value, sort_keys=True, default=str)
+
+
+def _condition_problems(
+    axes: Mapping[str, Axis], fixed: Mapping[str, str], when: Mapping[str, Any], *, is_typed: bool
+) -> Iterator[Problem]:
     for key, conditions in when.items():
         where = f"sweep.when.{key}"
-        if key not in axes or key in REPLICATED:
+        if key in REPLICATED or not (key in axes or key in fixed):
             varied = in_words(one for one in axes if one not in REPLICATED)
             yield Problem(where, f"not varied from setting to setting; what is: {varied or 'nothing'}", has_value=False)
         elif not isinstance(conditions, dict):
             yield Problem(where, "a mapping from another varied key to a value of it, or a list of values", conditions)
-        for other, given in conditions.items() if key in axes and isinstance(conditions, dict) else ():
-            axis = axes.get(other)
-            if axis is None or other in REPLICATED or other == key:
-                yield Problem(f"{where}.{other}", "not varied, so nothing can depend on it", has_value=False)
-            elif axis.interval or axis.num_values > MOST_OPTIONS:
-                reason = f"only keys of a few listed values, at most {MOST_OPTIONS}, can be depended on"
-                yield Problem(f"{where}.{other}", reason, axis.text)
-            else:
-                known = ", ".join(text.partition("=")[2] for text in axis.values)
-                for one in _several(given):
-                    if label(other, one) not in axis.values:
-                        yield Problem(f"{where}.{other}", f"not one of its values: {known}", one)
+        else:
+            others = {other: given for other, given in conditions.items() if other == key or other not in fixed}
+            for other, given in others.items():
+                if reason := _unfit_condition(axes.get(other) if other != key else None, other, given, is_typed):
+                    yield Problem(f"{where}.{other}", f"{reason} (~sweep.when leaves all conditions out)", given)
 
 
-def _parents(axes: Sequence[Axis]) -> list[Axis]:
-    """Return the axes that others depend on."""
+def _unfit_condition(axis: Axis | None, other: str, given: Any, is_typed: bool) -> str:
+    if other in REPLICATED:
+        return "a replicate, of which every setting has all: nothing can depend on it"
+    if axis is None:
+        return "not varied, so nothing can depend on it"
+    if axis.interval or axis.num_values > MOST_OPTIONS:
+        return f"only keys of a few listed values, at most {MOST_OPTIONS}, can be depended on"
+    if all(_texts(axis, None, one) for one in _several(given)) or not (axis.where or is_typed):
+        return ""
+    return f"not one of its values: {', '.join(text.partition('=')[2] for text in axis.values)}"
+
+
+def _branches(
+    axes: Sequence[Axis], named: Collection[str], chosen: tuple[str, ...] = (), count: int = 1
+) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Yield points, and how many each stands for: values that are not `named` by a condition are one."""
+    if not axes:
+        yield chosen, count
+        return
+    axis, rest = axes[0], axes[1:]
+    if not axis.is_varied(chosen):
+        yield from _branches(rest, named, chosen, count)
+        return
+    others = [text for text in axis.values if text not in named]
+    for text in [text for text in axis.values if text in named]:
+        yield from _branches(rest, named, (*chosen, text), count)
+    if others:
+        yield from _branches(rest, named, (*chosen, others[0]), count * len(others))
+
+
+def _parents(axes: Sequence[Axis]) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Yield the points of the axes that others depend on, as `_branches`."""
     keys = {key for axis in axes for key in axis.when}
-    return [axis for axis in axes if axis.key in keys]
+    named = {text for axis in axes for texts in axis.when.values() for text in texts}
+    return _branches([axis for axis in axes if axis.key in keys], named)
 
 
 def size(axes: Sequence[Axis]) -> int | None:
     """Count the points that axes span, without writing them out; None where one is an interval or never ends."""
     if any(axis.interval or axis.num_values == math.inf for axis in axes):
         return None
-    parents = _parents(axes)
-    others = [axis for axis in axes if axis not in parents]
-    return sum(math.prod(int(axis.num_values) for axis in others if axis.is_varied(one)) for one in points(parents))
+    keys = {key for axis in axes for key in axis.when}
+    others = [axis for axis in axes if axis.key not in keys]
+    return sum(
+        count * math.prod(int(axis.num_values) for axis in others if axis.is_varied(point))
+        for point, count in _parents(axes)
+    )
 
 
 def points(axes: Sequence[Axis], chosen: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -308,9 +366,9 @@ def points(axes: Sequence[Axis], chosen: tuple[str, ...] = ()) -> Iterator[tuple
 
 def probes(axes: Sequence[Axis]) -> Iterator[tuple[str, ...]]:
     """Yield points in which every value occurs: each axis in turn, the others at their first as far as may be."""
-    seen, parents = set[tuple[str, ...]](), _parents(axes)
+    seen = set[tuple[str, ...]]()
     for axis in axes:
-        base = next(point for point in points(parents) if axis.is_varied(point))
+        base = next(point for point, _ in _parents(axes) if axis.is_varied(point))
         for end in axis.ends:
             point: tuple[str, ...] = ()
             for one in axes:

@@ -1,6 +1,7 @@
 """What a sweep will take, before it starts: time, disk and memory, from the forecasts of its trials. No torch here."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,9 @@ from typing import Any
 
 import psutil
 
+from src.config.schema import EngineName
 from src.errors import TowlineError, one_line
+from src.runtime.devices import visible_gpus
 from src.sweep.plan import Plan
 from src.tracking.console import Console
 from src.tracking.live import clock
@@ -69,7 +72,7 @@ def show_cost(plan: Plan, to_run: Sequence[Trial], num_trials: int, forecast: Fo
     for text in failed:
         console.label("", text)
     if memory is not None:
-        _warn_of_memory(memory, costs[0].device_bytes, jobs, processes, console)
+        _warn_of_memory(plan, memory, costs[0].device_bytes, jobs, console)
     free = shutil.disk_usage(_existing(plan.folder)).free
     if disk is not None and disk > free:
         console.warn(
@@ -78,11 +81,16 @@ def show_cost(plan: Plan, to_run: Sequence[Trial], num_trials: int, forecast: Fo
         )
 
 
-def _warn_of_memory(memory: int, device_bytes: int | None, jobs: int, processes: int, console: Console) -> None:
-    """Warn where a GPU can't hold a process, or the CPU's memory not all that run at a time."""
+def _warn_of_memory(plan: Plan, memory: int, device_bytes: int | None, jobs: int, console: Console) -> None:
+    """Warn where a GPU can't hold the processes that share it, or the CPU's memory not all that run at a time."""
+    processes = plan.sample.runtime.num_processes
     if device_bytes is not None:
-        if memory > device_bytes:
-            console.warn(f"a process needs {human_bytes(memory)}, and a GPU here has {human_bytes(device_bytes)}")
+        gpus = len(visible_gpus()) if plan.config.engine is EngineName.local else jobs * processes  # others share none
+        sharing = math.ceil(jobs * processes / max(1, gpus))
+        if memory * sharing > device_bytes:
+            who = "a process needs" if sharing == 1 else f"the {sharing} processes that share a GPU need"
+            needs = f"{who} {human_bytes(memory * sharing)}, and a GPU here has {human_bytes(device_bytes)}"
+            console.warn(f"{needs}{'' if sharing == 1 else f': sweep.n_jobs={max(1, gpus // processes)}'}")
         return
     needed, free = memory * jobs * processes, psutil.virtual_memory().available
     if needed > free:

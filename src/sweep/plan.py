@@ -21,6 +21,7 @@ from src.config.kept import check_kept, differing, kept_roots
 from src.config.keys import all_keys
 from src.config.points import Assignment, Points
 from src.config.problems import COMMAND_LINE, Problem, refuse
+from src.config.quoting import label
 from src.config.rules.sweep import axis_problems, count_problems, sweep_problems
 from src.config.schema import Replicate, RunConfig, Sampler, SweepConfig
 from src.config.trust import signature
@@ -232,10 +233,13 @@ def _open(line: CommandLine) -> tuple[Plan, list[Problem]]:
     params = {SWEEP_FILE: sweep.params, SWEEPER_PARAMS: sweeper_params(first)} if is_own else {}
     axes, fixed = axes_of(line, params, problems)
     if more := _replicates(sweep, first.sections, {axis.key for axis in axes}, problems):
-        fixed = [one for one in fixed if _key_of(one) not in more]
+        fixed = [one for one in fixed if _pair(one)[0] not in more]
         alone = dataclasses.replace(line, overrides=[], problems=[])
         axes += axes_of(alone, {SWEEP_FILE: more}, problems)[0]
-    axes = with_conditions(axes, sweep.when or {}, of_conditions := list[Problem]())
+    of_conditions, is_typed = list[Problem](), line.value_of("sweep.when") is not None
+    axes = with_conditions(
+        axes, dict(map(_pair, fixed)), (is_own and sweep.when) or {}, of_conditions, is_typed=is_typed
+    )
     if of_conditions:  # without them, values are refused where they were not to be
         raise refuse([*problems, *of_conditions])
     is_averaged = sweep.sampler is not Sampler.grid or sweep.replicate is not Replicate.none
@@ -265,8 +269,10 @@ def _replicates(
     return {}
 
 
-def _key_of(fixed: str | Assignment) -> str:
-    return fixed.key if isinstance(fixed, Assignment) else fixed.lstrip("+").partition("=")[0]
+def _pair(fixed: str | Assignment) -> tuple[str, str]:
+    """Return the key of what all points have, and KEY=VALUE."""
+    text = label(fixed.key, fixed.value) if isinstance(fixed, Assignment) else fixed.lstrip("+")
+    return text.partition("=")[0], text
 
 
 def _distinct(trials: Sequence[Trial]) -> list[Trial]:
