@@ -238,6 +238,10 @@ def test_files_and_table_have_all_of_each_metric(tmp_path: Path) -> None:
     ]  # fmt: skip
     same_names = rank_by_several(trials(FAR), {"eval/a/loss": "maximize", "eval/b/loss": "minimize"})
     assert [one.heading for one in leaderboard.columns_of(same_names)][2:4] == ["eval/a/loss", "eval/b/loss"]
+    measured = [replace(one, measures={"eval/b/loss": 1.0}) for one in trials(FAR)]
+    beside = rank_by_several(measured, {"eval/a/loss": "maximize", "eval/b/chrf": "minimize"})
+    headings = [one.heading for one in leaderboard.columns_of(beside)]
+    assert (headings[2:4], headings[-1]) == (["eval/a/loss", "chrf"], "eval/b/loss")
     text = (tmp_path / "leaderboard.md").read_text()
     assert f"# {EXACT}, maximized; {LOSS}, minimized" in text
     assert "0.510 ± 0.025 | 0.110 ± 0.025 | 3" in text

@@ -131,6 +131,7 @@ EIGHT = (
         (["sweep.direction=maximize", "seed=1,2"], ["better when it is lower: minimize"]),
         (["sweep=asha", "sweep.metric=eval/test/loss", "seed=1,2", "optimizer.lr=1,2"], ["known at the end only"]),
         (["sweep.metric=loss", "seed=1,2"], ["no run computes this", "train/loss"]),
+        (["sweep.metric=best/tokens_seen", "seed=1,2"], ["sweep.metric = best/tokens_seen", "no run computes this"]),
         (["hydra.run.dir=outputs/x", "seed=1,2"], ["multirun/<sweep.name>"]),
         (["checkpoint.resume=never", "seed=1,2"], ["checkpoint.resume = never", "a sweep resumes"]),
         (

@@ -134,7 +134,12 @@ def test_more_steps_and_fewer_tokens_are_a_front(
 
     monkeypatch.setattr("src.sweep.sweeper.write_png", lambda *_: None)
     assert swept_and_drawn(*grid, *TWO) == 0
+    plots = [folder / "plots" / name for name in ("pareto.png", "settings_2.png", "mine.png")]
+    plots[0].parent.mkdir(exist_ok=True)
+    for plot in plots:
+        plot.touch()
     assert swept_and_drawn(*grid, "sweep.metric=tokens_seen") == 0
+    assert [plot.exists() for plot in plots] == [False, False, True]  # what others drew there stays
     assert starts(folder) == [1] * 4
     assert next(row["setting"] for row in board_of(folder)) == "training.max_train_steps=1"
     assert (folder / "trials.jsonl").read_text().count("\n") == 4

@@ -53,7 +53,8 @@ class SweepState:
             random.Random(self.plan.config.seed).shuffle(units)  # in the order of their values each might beat the last
             place = {unit: i for i, unit in enumerate(units)}
             left.sort(key=lambda number: (place[self.trials[number].unit], number))
-        return sorted(left, key=lambda number: order[self.statuses[number].state])
+        is_killed = {number for number in left if self.statuses[number].cause.startswith("killed")}  # it had started
+        return sorted(left, key=lambda number: 0 if number in is_killed else order[self.statuses[number].state])
 
     def add(self, trial: Trial) -> None:
         """Take a trial into the sweep; sections of its configuration that others have too are kept once."""

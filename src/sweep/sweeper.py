@@ -276,8 +276,12 @@ def _report_results(state: SweepState, display: ProgressTable, console: Console)
     found.write()
     if state.history:
         history = [as_tuple(point["value"]) for point in state.history]
-        for figure in figures(found.rows, found.goals, history):
-            write_png(figure, plan.folder / "plots" / f"{figure.key}.png")
+        drawn = {f"{figure.key}.png": figure for figure in figures(found.rows, found.goals, history)}
+        for name, figure in drawn.items():
+            write_png(figure, plan.folder / "plots" / name)
+        for file in (plan.folder / "plots").glob("*.png"):  # of other metrics, by which it was ranked before
+            if file.name not in drawn and file.name.startswith(("pareto", "settings", "history")):
+                file.unlink()
     display.show_results(lambda width: leaderboard.table(found.rows, found.title, width))
     console.say(found.conclusion)
 

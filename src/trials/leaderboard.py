@@ -54,10 +54,11 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
     """Return the columns that say something of these rows, the most important first."""
     ranked = [row for row in rows if row.rank is not None]
     most = max((row.n for row in ranked if row.is_reference), default=0)
+    shared = [name for name in (ranked[0].measures if ranked else ()) if all(name in row.measures for row in ranked)]
     columns = [
         Column("rank", lambda row: "–" if row.rank is None else f"{row.rank}{' tie' if row.is_tied else ''}"),
         Column("setting", lambda row: row.label or row.group or row.name),
-        *_mean_columns(rows),
+        *_mean_columns(rows, shared),
         Column("n", lambda row: f"{row.n} ({row.lacks})" if row.lacks else str(row.n)),
     ]
     if len(ranked) > 1:
@@ -66,8 +67,7 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
         columns += [
             Column("difference", lambda row: with_spread(row.difference, row.difference_low, row.difference_high, "+"))
         ]
-    shared = [name for name in (ranked[0].measures if ranked else ()) if all(name in row.measures for row in ranked)]
-    return columns + [_measure(name) for name in shared]
+    return columns + [_measure(name, [*metrics_of(rows), *shared]) for name in shared]
 
 
 def metrics_of(rows: Sequence[Row]) -> list[str]:
@@ -80,14 +80,18 @@ def note_of(rows: Sequence[Row]) -> str:
     return FRONT_NOTE if metrics_of(rows) else NOTE
 
 
-def _mean_columns(rows: Sequence[Row]) -> Iterator[Column]:
+def _mean_columns(rows: Sequence[Row], measures: Sequence[str]) -> Iterator[Column]:
     metrics = metrics_of(rows)
     if not metrics:
         yield Column("mean", lambda row: with_spread(row.mean, row.low, row.high))
-    last = [metric.rpartition("/")[2] for metric in metrics]
     for place, metric in enumerate(metrics):
-        heading = last[place] if last.count(last[place]) == 1 else metric
-        yield Column(heading, partial(_mean_by, place))
+        yield Column(_heading(metric, [*metrics, *measures]), partial(_mean_by, place))
+
+
+def _heading(name: str, among: Sequence[str]) -> str:
+    """Return the last word of a metric's name, or all of it where others have the same last word."""
+    last = name.rpartition("/")[2]
+    return last if [one.rpartition("/")[2] for one in among].count(last) == 1 else name
 
 
 def _mean_by(place: int, row: Row) -> str:
@@ -112,8 +116,8 @@ def _more(row: Row) -> str:
     return f"+{row.more_seeds}" if row.more_seeds else f"> {MOST_SEEDS}" if is_hopeless else "–"
 
 
-def _measure(name: str) -> Column:
-    heading, write = MEASURES.get(name, (name.rpartition("/")[2], lambda value: number(value, None)))
+def _measure(name: str, among: Sequence[str]) -> Column:
+    heading, write = MEASURES.get(name, (_heading(name, among), lambda value: number(value, None)))
     return Column(heading, lambda row: write(row.measures[name]) if name in row.measures else "–")
 
 

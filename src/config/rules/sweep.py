@@ -46,7 +46,7 @@ def _metric_problems(given: str, direction: Direction | None, is_early: bool, co
                 reason = f"{at_end}: sweep.pruner=none, or a validation set's"
             yield Problem("sweep.metric", reason, given)
             return
-    elif metric not in KNOWN_METRICS and not metric.startswith("tokens/"):
+    elif given != metric or (metric not in KNOWN_METRICS and not metric.startswith("tokens/")):  # best/ is of eval/
         allowed = f"a name of summary.json: eval/<set>/<score>, {', '.join(KNOWN_METRICS)}"
         yield Problem("sweep.metric", f"no run computes this; {allowed}", given)
         return
