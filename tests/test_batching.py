@@ -388,10 +388,7 @@ T5 = {"vocab_size": 264, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2,
     "decoder_start_token_id": 0, "tie_word_embeddings": True, "eos_token_id": 2, "pad_token_id": 0,
     "initializer_factor": 4.0,
 }  # fmt: skip
-PAIRS: dict[str, tuple[str, dict[str, Any], bool]] = {  # configuration, settings, needs the model's own logits
-    "BART": ("BartConfig", BART, False),
-    "T5": ("T5Config", T5, True),
-}
+PAIRS = {"BART": ("BartConfig", BART), "T5": ("T5Config", T5)}
 ENCODER_DECODER = ["model=causal_lm", "model.type=encoder_decoder", "model.weights=random"]
 
 
@@ -400,10 +397,10 @@ def pair_options(folder: Path) -> list[str]:
 
 
 @pytest.fixture(params=PAIRS)
-def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Any, bool]:
-    """A tiny encoder-decoder: its folder, without weights, a model, and whether it needs its own logits."""
-    name, settings, full = PAIRS[request.param]
-    return folder_of(tmp_path / "model", name, settings), model_of(name, settings), full
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Any]:
+    """A tiny encoder-decoder: its folder, without weights, and a model."""
+    name, settings = PAIRS[request.param]
+    return folder_of(tmp_path / "model", name, settings), model_of(name, settings)
 
 
 def folder_of(folder: Path, config: str, settings: dict[str, Any]) -> Path:
@@ -451,12 +448,12 @@ def batch_of_pairs(tmp_path: Path, folder: Path) -> tuple[EncodedSet, Batch]:
     return data.train, collate(data.train, [[i] for i in range(6)], PAD)
 
 
-def test_an_encoder_decoder_has_the_loss_that_its_library_gives(tmp_path: Path, pair: tuple[Path, Any, bool]) -> None:
-    folder, model, full = pair
+def test_an_encoder_decoder_has_the_loss_that_its_library_gives(tmp_path: Path, pair: tuple[Path, Any]) -> None:
+    folder, model = pair
     train, batch = batch_of_pairs(tmp_path, folder)
     loss_model = ModelWithLoss(model).eval()
     loss_model.probe_head()
-    assert loss_model.uses_full_logits is full
+    assert not loss_model.uses_full_logits
     with torch.no_grad():
         ours = float(loss_model(**batch.inputs()).objective)
         assert batch.target_ids is not None
@@ -487,14 +484,15 @@ def test_a_bias_behind_the_head_is_seen(tmp_path: Path) -> None:
     train, batch = batch_of_pairs(tmp_path, folder_of(tmp_path / "model", "BartConfig", BART))
     loss_model = ModelWithLoss(model).eval()
     loss_model.probe_head()
-    assert loss_model.uses_full_logits
+    assert loss_model.form is not None
+    assert loss_model.form.bias is not None
     with torch.no_grad():
         ours = float(loss_model(**batch.inputs()).objective)
     assert ours == pytest.approx(sum(expected_loss(model, train, row) for row in range(6)), rel=1e-5)
 
 
-def test_an_encoder_decoder_learns(tmp_path: Path, runtime: Runtime, pair: tuple[Path, Any, bool]) -> None:
-    folder, model, _ = pair
+def test_an_encoder_decoder_learns(tmp_path: Path, runtime: Runtime, pair: tuple[Path, Any]) -> None:
+    folder, model = pair
     file = write_lines(tmp_path / "rows.jsonl", ROWS[:8])
     options = ["training.max_train_steps=30", "optimizer.lr=5e-3", "training.per_device_train_batch_size=8"]
     config, data, _ = built(
@@ -508,9 +506,9 @@ def test_an_encoder_decoder_learns(tmp_path: Path, runtime: Runtime, pair: tuple
 
 @pytest.mark.parametrize("generation", ["greedy", "beam"])
 def test_generation_does_not_depend_on_the_batch(
-    tmp_path: Path, runtime: Runtime, pair: tuple[Path, Any, bool], generation: str
+    tmp_path: Path, runtime: Runtime, pair: tuple[Path, Any], generation: str
 ) -> None:
-    folder, model, _ = pair
+    folder, model = pair
     file = write_lines(tmp_path / "rows.jsonl", ROWS[:7])
     beams = ["generation.num_beams=3"] if generation == "beam" else []
     config, data, tokenizer = built(

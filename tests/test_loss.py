@@ -22,10 +22,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import src.training.fused_loss as fused_loss
 import src.training.loss as loss_module
 from src.config.schema import LossConfig, Reduction
 from src.data.encoding import IGNORE_INDEX
 from src.training.head import ModelWithLoss, shifted
+from src.training.head_form import HeadForm
 from src.training.loss import (
     part_losses,
     part_weights,
@@ -49,6 +51,17 @@ def tiny(**changes: object) -> nn.Module:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+def cut_into_chunks(monkeypatch: pytest.MonkeyPatch, rows: int, num_vocabulary: int) -> None:
+    monkeypatch.setattr(loss_module, "MAX_LOGITS", rows * num_vocabulary)
+    monkeypatch.setattr(fused_loss, "LOGITS_ON_CPU", rows * num_vocabulary)
+    monkeypatch.setattr(fused_loss, "LEAST_ROWS", rows)
+
+
+def hook_into(head: nn.Module) -> None:
+    """Have a head called: what hooks into it must see its result."""
+    head.register_forward_hook(lambda *_: None)
+
+
 def batch(rows: int = 3, length: int = 12, vocabulary: int = 259) -> tuple[Tensor, Tensor]:
     input_ids = torch.randint(3, vocabulary, (rows, length))
     labels = input_ids.clone()
@@ -67,12 +80,15 @@ def reference(model: nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("max_logits", [2**25, 259 * 4])
+@pytest.mark.parametrize("rows", [256, 4])  # the second: chunks of four positions
+@pytest.mark.parametrize("is_called", [False, True])
 def test_loss_and_gradients_equal_a_full_logits_reference(
-    monkeypatch: pytest.MonkeyPatch, tied: bool, max_logits: int
+    monkeypatch: pytest.MonkeyPatch, tied: bool, rows: int, is_called: bool
 ) -> None:
-    monkeypatch.setattr(loss_module, "MAX_LOGITS", max_logits)  # the second: eight chunks of four positions
+    cut_into_chunks(monkeypatch, rows, num_vocabulary=259)
     model = tiny(tie_word_embeddings=tied)
+    if is_called:
+        hook_into(model.get_output_embeddings())
     input_ids, labels = batch()
     expected = reference(model, input_ids, labels)
     expected.backward()
@@ -137,8 +153,9 @@ def test_sum_and_mean_differ_by_the_supervised_tokens_of_the_step() -> None:
 def test_the_head_is_used_where_it_gives_the_models_own_logits() -> None:
     for tied in (False, True):
         loss_model = ModelWithLoss(tiny(tie_word_embeddings=tied))
+        loss_model.form = None
         loss_model.probe_head()
-        assert not loss_model.uses_full_logits
+        assert loss_model.form == HeadForm()
 
 
 def granite() -> nn.Module:
@@ -157,13 +174,19 @@ def gemma() -> nn.Module:
     return Gemma2ForCausalLM(config).eval()
 
 
+@pytest.mark.parametrize("is_called", [False, True])
 @pytest.mark.parametrize("family", [granite, gemma])
-def test_a_model_that_changes_its_logits_is_noticed_and_trained_right(family: Callable[[], nn.Module]) -> None:
-    model = family()  # a soft cap can't be seen in the loss of small random weights: what the head gives is watched
+def test_a_model_that_changes_its_logits_is_noticed_and_trained_right(
+    family: Callable[[], nn.Module], is_called: bool
+) -> None:
+    model = family()  # a soft cap can't be seen in the loss of small random weights: the head's result is replaced
+    if is_called:
+        hook_into(model.get_output_embeddings())
     loss_model = ModelWithLoss(model)
     input_ids, labels = batch(rows=1, vocabulary=64)
     loss_model.probe_head()
-    assert loss_model.uses_full_logits
+    assert loss_model.form == (HeadForm(after=1 / 8) if family is granite else HeadForm(cap=1.0))
+    assert loss_model.uses_full_logits is is_called
     with torch.no_grad():
         model.get_output_embeddings().weight *= 50
     found = loss_model(input_ids, labels).objective.item()
@@ -196,7 +219,7 @@ def test_special_heads_train_as_the_models_own_loss_says(family: Callable[[], nn
     own = copy.deepcopy(model)
     loss_model = ModelWithLoss(model)
     loss_model.probe_head()
-    assert loss_model.uses_full_logits
+    assert not loss_model.uses_full_logits
     optimizers = [torch.optim.SGD(one.parameters(), lr=0.1) for one in (model, own)]
     for _ in range(5):
         input_ids, labels = batch(rows=2, vocabulary=64)

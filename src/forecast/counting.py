@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from src.config.schema import LossConfig
 from src.errors import one_line
+from src.forecast.head_steps import HeadSteps
 from src.forecast.live_tensors import LiveTensors
 from src.forecast.parameters import NESTED_BLOCK, SCALE_BLOCK
 from src.model.build import no_packing_detection
@@ -75,29 +76,28 @@ class ModelCounter:
 
     @torch.no_grad()
     def probe_head(self) -> None:
-        """Find out whether logits are the head's result for the last hidden states, as ModelWithLoss.probe_head does;
-        of tensors without values by whether they are the same ones.
+        """Find out how logits follow from the last hidden states, as ModelWithLoss.probe_head does; without values by
+        what is done to them before and after the head.
         """
-        model, seen = self.loss_model.model, dict[str, Any]()
-        self.loss_model.uses_full_logits = True
-        head, inner = model.get_output_embeddings(), model.base_model
-        if head is None or inner is model:
+        model, steps = self.loss_model.model, HeadSteps()
+        self.loss_model.form = None
+        head = model.get_output_embeddings()
+        inner = model.get_decoder() if model.base_model is model else model.base_model
+        if head is None or inner is None or inner is model:
             return
         hooks = [
-            head.register_forward_hook(lambda _, args, result: seen.update(fed=args[0], result=result)),
-            inner.register_forward_hook(lambda _, args, result: seen.update(hidden=result)),
+            inner.register_forward_hook(lambda *_: steps.begin()),
+            head.register_forward_pre_hook(lambda *_: steps.pause()),
+            head.register_forward_hook(lambda *_: steps.resume()),
         ]
-        with self._computing():
+        with self._computing(), steps:
             inputs = {"input_ids": self._ids(1, 2)}
             if model.config.is_encoder_decoder:
                 inputs["decoder_input_ids"] = self._ids(1, 2)
-            seen["logits"] = model(**inputs, use_cache=False).logits
+            model(**inputs, use_cache=False)
         for hook in hooks:
             hook.remove()
-        hidden = getattr(seen.get("hidden"), "last_hidden_state", None)
-        if hidden is not None and "fed" in seen:
-            is_head = _is_same(seen["fed"], hidden) and _is_same(seen["logits"], seen["result"])
-            self.loss_model.uses_full_logits = not is_head
+        self.loss_model.form = steps.form(self.loss_model.num_logits, self.device)
 
     def count_training(self, shape: MicroBatchShape, num_micro_batches: int = 1) -> TrainingCount:
         """Count forward and backward of a micro-batch; from the second one of a step on, gradients exist already."""
@@ -209,10 +209,6 @@ def _lengthen(cache: Any, num: int) -> None:
         if isinstance(getattr(layer, "keys", None), Tensor):
             new = (one.new_empty(*one.shape[:2], num, one.shape[3]) for one in (layer.keys, layer.values))
             cache.update(*new, i)
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 @dataclass(eq=False)

@@ -13,6 +13,7 @@ from src.data.batching import row_bounds
 from src.errors import ModelError
 from src.model.embeddings import num_embedding_rows
 from src.runtime.profiling import region
+from src.training.head_form import HeadForm, is_fused, last_hidden_states, measure_form
 from src.training.loss import TokenLosses, compute_losses, supervised_positions
 
 PLAIN = LossConfig(Reduction.mean, thought_weight=1.0, label_smoothing=0.0)
@@ -36,10 +37,15 @@ class ModelWithLoss(nn.Module):
         super().__init__()
         self.model = model
         self.config = config
-        self.uses_full_logits = False
-        """Whether the model's own forward computes the logits, because head(hidden) would differ from them."""
+        self.form: HeadForm | None = HeadForm()
+        """What the model does before and after its head; None where the model's own forward has to compute logits."""
         self.num_logits = num_embedding_rows(model)
         """Columns of the logits, to size the chunks."""
+
+    @property
+    def uses_full_logits(self) -> bool:
+        """Whether the model's own forward computes the logits, those of positions that are not supervised too."""
+        return self.form is None or not (self.form.is_identity or is_fused(self.model.get_output_embeddings()))
 
     def forward(
         self,
@@ -54,46 +60,40 @@ class ModelWithLoss(nn.Module):
         if target_ids is not None:
             inputs["decoder_input_ids"] = shifted(target_ids, self.model.config.decoder_start_token_id)
         is_causal = target_ids is None
-        if self.uses_full_logits:
+        if self.form is None or self.uses_full_logits:
             logits = self.model(**inputs).logits
             chosen = supervised_positions(logits, labels, parts, row_weights, is_causal=is_causal)
             return compute_losses(chosen, lambda logits: logits, logits.shape[-1], self.config)
-        hidden = self.model.base_model(**inputs).last_hidden_state
+        hidden = last_hidden_states(self.model, inputs)
+        assert hidden is not None  # or the form would not be known
         head = self.model.get_output_embeddings()
         chosen = supervised_positions(hidden, labels, parts, row_weights, is_causal=is_causal)
         with region("head"):
+            if is_fused(head):
+                scale = self.form.before * self.form.after
+                chosen = chosen if scale == 1 else chosen._replace(states=chosen.states * scale)
+                head = self.form.linear(head)
             return compute_losses(chosen, head, self.num_logits, self.config)
 
-    @torch.no_grad()
     def probe_head(self) -> None:
-        """Check by a forward on a short row whether the head's inputs are the last hidden states and its outputs the
-        logits, bit for bit.
+        """Find out by forwards on a short row how the model's logits follow from its last hidden states.
 
-        Many models put something between head and logits (a scale, a cap, a bias). In these the model's own forward
-        computes the logits from then on.
+        Many models put something between head and logits (a scale, a cap, a bias). Where it is more than can be
+        measured, the model's own forward computes the logits from then on.
         """
-        self.uses_full_logits = True
-        head = self.model.get_output_embeddings()
-        if head is None:
-            return
-        seen: list[tuple[Tensor, Tensor]] = []
-        watch = head.register_forward_hook(lambda _module, given, result: seen.append((given[0], result)))
         training = self.training
         self.eval()
         ids = self._probe(PROBE_LENGTH)
         inputs = {"input_ids": ids, "use_cache": False}
         if self.model.config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = ids
+            mask = torch.ones_like(ids)
+            mask[:, -1] = 0
+            inputs |= {"decoder_input_ids": ids, "attention_mask": mask}
         try:
-            logits = self.model(**inputs).logits
-            self.num_logits = logits.shape[-1]
-            hidden = getattr(self.model.base_model(**inputs), "last_hidden_state", None)
+            self.form, num_logits = measure_form(self.model, inputs)
+            self.num_logits = num_logits or self.num_logits
         finally:
-            watch.remove()
             self.train(training)
-        if len(seen) == 1 and hidden is not None:
-            fed, given = seen[0]
-            self.uses_full_logits = not (torch.equal(fed, hidden) and torch.equal(given.float(), logits.float()))
 
     @torch.no_grad()
     def check_packing(self, *, padding_free: bool = False) -> None:

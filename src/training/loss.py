@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from src.config.schema import LossConfig, Reduction
 from src.data.encoding import AFTER_THOUGHT, ANSWER, IGNORE_INDEX, PARTS, THOUGHT, THOUGHT_CLOSE, THOUGHT_OPEN
 from src.metrics import PART_LOSSES
+from src.training.fused_loss import LinearHead, fused_losses
 
 MAX_LOGITS = 2**26
 """Logits held at once, in elements: 256 MiB in fp32."""
@@ -113,17 +114,28 @@ def token_losses(
 
 
 def compute_losses(
-    chosen: Supervised, head: Callable[[Tensor], Tensor], num_vocabulary: int, config: LossConfig
+    chosen: Supervised, head: Callable[[Tensor], Tensor] | LinearHead, num_vocabulary: int, config: LossConfig
 ) -> TokenLosses:
-    """Compute the losses of a micro-batch's supervised tokens; for `head` and `num_vocabulary` see token_losses."""
-    _, targets, parts, row_weights = chosen
-    objectives, nll = token_losses(chosen.states, targets, head, num_vocabulary, config.label_smoothing)
-    weights = part_weights(config)
-    if parts is not None and set(weights) != {1.0}:
-        objectives = objectives * torch.tensor(weights, device=objectives.device)[parts.long()]
-    if row_weights is not None:
-        objectives = objectives * row_weights
-    return TokenLosses(objectives.sum(), nll.detach(), targets, parts)
+    """Compute the losses of a micro-batch's supervised tokens.
+
+    `head` computes logits of states, see token_losses, or is the matrix that makes them: then they are fused.
+    """
+    weights = _weights(chosen, config)
+    if isinstance(head, LinearHead):
+        objective, nll = fused_losses(chosen.states, head, chosen.targets, weights, config.label_smoothing)
+        return TokenLosses(objective, nll, chosen.targets, chosen.parts)
+    objectives, nll = token_losses(chosen.states, chosen.targets, head, num_vocabulary, config.label_smoothing)
+    objective = (objectives if weights is None else objectives * weights).sum()
+    return TokenLosses(objective, nll.detach(), chosen.targets, chosen.parts)
+
+
+def _weights(chosen: Supervised, config: LossConfig) -> Tensor | None:
+    """Return the weight of each supervised token, [supervised]; None where all weigh 1."""
+    of_parts, of_rows = part_weights(config), chosen.row_weights
+    if chosen.parts is None or set(of_parts) == {1.0}:
+        return of_rows
+    weights = torch.tensor(of_parts, device=chosen.parts.device)[chosen.parts.long()]
+    return weights if of_rows is None else weights * of_rows
 
 
 def part_weights(config: LossConfig) -> list[float]:
