@@ -45,7 +45,7 @@ def _model(config: RunConfig, state: TrainState) -> str:
         text += "\nonly the rows of new tokens are trained"
     text += f"\n{total:,} parameters, {'all' if trained == total else f'{trained:,} ({trained / total:.2%})'} trained"
     if state.uses_full_logits:
-        text += "\nits logits are more than head(hidden states): the full logits are computed (slower, more memory)"
+        text += "\nthe model computes its logits by itself, at every position (slower, more memory)"
     return text
 
 
