@@ -58,6 +58,12 @@ def steps_of(folder: Path) -> list[int]:
     return [json.loads(file.read_text())["step"] for file in folder.glob("*/status.json")]
 
 
+def values_of(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the metrics of a run without what differs from start to start."""
+    lines = read_lines(run_dir / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines]
+
+
 def board_of(folder: Path) -> list[dict[str, str]]:
     with open(folder / "leaderboard.csv", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -75,6 +81,11 @@ def study_of(folder: Path) -> Any:
 
 LONG = ("training.max_train_steps=100000", "training.num_train_epochs=90000", "evaluation.eval_steps=null",
         "checkpoint.checkpointing_steps=null", "sweep.n_jobs=2", "seed=1,2,3,4")  # fmt: skip
+
+
+ASHA = ("sweep=asha", "optimizer.lr=1e-7,1e-6,1e-5,5e-5,3e-4,2e-3", "training.max_train_steps=9",
+        "training.num_train_epochs=9", "evaluation.eval_steps=1", "data.limit=36", "scheduler=constant",
+        "checkpoint.checkpointing_steps=null")  # fmt: skip
 
 
 def command(*arguments: str) -> list[str]:

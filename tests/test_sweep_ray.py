@@ -14,8 +14,7 @@ import psutil
 import pytest
 
 from src.tracking.lock import holder_of
-from tests.conftest import read_lines
-from tests.sweeps import LONG, board_of, left_of, pid_of, starts, states, steps_of, sweep, until
+from tests.sweeps import ASHA, LONG, board_of, left_of, pid_of, starts, states, steps_of, sweep, until, values_of
 
 pytest.importorskip("ray")
 RAY = ("sweep.engine=ray", "sweep.n_jobs=2")
@@ -28,11 +27,6 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Have each trial compute with one thread, and mark this test's processes."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("SWEPT_BY", str(tmp_path))
-
-
-def values_of(run_dir: Path) -> list[dict[str, Any]]:
-    lines = read_lines(run_dir / "metrics.jsonl")
-    return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines]
 
 
 def of_ray(tmp_path: Path) -> set[int]:
@@ -98,10 +92,7 @@ def test_ctrl_c_has_all_save_and_leaves_no_ray(started: Callable[..., subprocess
 
 
 def test_asha_on_ray_saves_half_of_the_steps(tmp_path: Path) -> None:
-    rates = "optimizer.lr=1e-7,1e-6,1e-5,5e-5,3e-4,2e-3"
-    long = ("training.max_train_steps=9", "training.num_train_epochs=9", "evaluation.eval_steps=1", "data.limit=36",
-            "scheduler=constant", "checkpoint.checkpointing_steps=null")  # fmt: skip
-    done = sweep("sweep=asha", rates, *long, *RAY, f"hydra.sweep.dir={tmp_path}")
+    done = sweep(*ASHA, *RAY, f"hydra.sweep.dir={tmp_path}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert board_of(tmp_path)[0]["setting"] == "optimizer.lr=0.002"
     assert len(states(tmp_path)) == 6

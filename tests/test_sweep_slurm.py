@@ -18,7 +18,20 @@ from src.sweep.engines.remote import Order, withdraw
 from src.sweep.sweeper import engine_of
 from src.tracking.lock import holder_of
 from tests.conftest import read_lines
-from tests.sweeps import LONG, board_of, left_of, pid_of, planned, starts, states, sweep, until
+from tests.sweeps import (
+    ASHA,
+    LONG,
+    board_of,
+    left_of,
+    pid_of,
+    planned,
+    starts,
+    states,
+    steps_of,
+    sweep,
+    until,
+    values_of,
+)
 
 SUBMITIT = ("sweep.engine=slurm", "sweep.n_jobs=2", "sweep.slurm={cluster: local, time: 10}")
 
@@ -47,6 +60,32 @@ def test_jobs_survive_a_kill_a_time_limit_and_their_sweep(
         assert steps == sorted(set(steps)), "no step twice"
     assert [row["n"] for row in board_of(folder)] == ["2"]
     assert not left_of(folder)
+
+
+@pytest.mark.slow
+def test_a_job_that_is_killed_ends_as_one_that_was_not(
+    started: Callable[..., subprocess.Popen[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the same here and there
+    run = ("training.max_train_steps=40", "training.num_train_epochs=90", "evaluation.eval_steps=null")
+    grid = ("seed=1,2", *run, "checkpoint.checkpointing_steps=5")
+    alone = sweep(*grid, "sweep.n_jobs=2", f"hydra.sweep.dir={tmp_path / 'here'}")
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    process = started(*grid, *SUBMITIT, f"hydra.sweep.dir={tmp_path / 'jobs'}")
+    os.kill(until(lambda: pid_of(tmp_path / "jobs", 0), "trial 0 trains"), signal.SIGKILL)
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    assert starts(tmp_path / "jobs") == [2, 1]
+    for number in ("0", "1"):
+        assert values_of(tmp_path / "jobs" / number) == values_of(tmp_path / "here" / number)
+
+
+@pytest.mark.slow
+def test_asha_by_jobs_saves_half_of_the_steps(tmp_path: Path) -> None:
+    done = sweep(*ASHA, *SUBMITIT, f"hydra.sweep.dir={tmp_path}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert board_of(tmp_path)[0]["setting"] == "optimizer.lr=0.002"
+    assert sum(steps_of(tmp_path)) <= 6 * 9 / 2
 
 
 def test_ctrl_c_has_jobs_save(started: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
