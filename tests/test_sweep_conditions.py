@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.config.axes import Axis, points, probes, size, with_conditions
+from src.config.axes import Axis, points, probes, size
 from src.config.command_line import read_override
+from src.config.conditions import with_conditions
 from src.config.problems import Problem
 from src.errors import ConfigError
 from src.search.study import Study, Unit
@@ -149,6 +150,19 @@ def test_a_command_sets_what_a_sweep_file_varies(tmp_path: Path) -> None:
     assert len(from_file(tmp_path, "optimizer=sgd", "optimizer.momentum=0.5")) == 2
     with pytest.raises(ConfigError, match="adamw has no momentum"):
         from_file(tmp_path, "~sweep.when")
+
+
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_what_depends_on_a_key_that_is_not_varied_is_not_either(is_reversed: bool) -> None:
+    when = {"k1": {"k0": [1]}, "k2": {"k1": [0]}, "k3": {"k2": [1]}}
+    axes = [axis(f"k{number}", 2) for number in range(1, 5)]
+    problems: list[Problem] = []
+    given = dict(reversed(when.items())) if is_reversed else when
+    assert [one.key for one in with_conditions(axes, {"k0": "k0=0"}, given, problems, is_typed=False)] == ["k4"]
+    assert not problems
+    left = with_conditions(axes, {"k0": "k0=1"}, given, problems, is_typed=False)
+    assert size(left) == 2 * (1 + 1 + 2)  # k4 times k1=1, k2=0 and k2=1 with both of k3
+    assert not problems
 
 
 @pytest.mark.parametrize(("values", "given"), [("true,false", "true"), ("True,False", "true"), ("true,false", "True")])

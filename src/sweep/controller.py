@@ -291,7 +291,7 @@ class SweepController:
             if self._stop_reason() or is_left or status.state == "FINISHED" or status.is_damaged:
                 return status
             return TrialStatus("FAILED", (), f"{how} before it began{last_words(status.log)}", status.log)
-        if status.cause.startswith("killed"):
+        if status.was_killed:
             if held := list(self.folder.held([job.number])):
                 return replace(status, cause=held[0][1])
             note_end(job.run_dir, TrainingError(how))

@@ -9,9 +9,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from src.config.axes import REPLICATED, SWEEP_FILE, Axis, axes_of, points, probes, size, with_conditions
+from src.config.axes import REPLICATED, SWEEP_FILE, Axis, axes_of, points, probes, size
 from src.config.command_line import CommandLine
 from src.config.compose import warn_of_broken_options
+from src.config.conditions import with_conditions
 from src.config.files import unusable
 from src.config.frozen import code_problems
 from src.config.gate import check_composed, located_problems, sweep_of

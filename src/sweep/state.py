@@ -45,7 +45,7 @@ class SweepState:
         self.durations: list[float] = []  # seconds of the trials that ended since this start
 
     def _ordered(self, numbers: Sequence[int]) -> list[int]:
-        """Return the trials that are left: those that had started, those that wait, those that failed."""
+        """Return the trials left: those that were stopped, those that wait, those that failed or were killed."""
         order = {"PREEMPTED": 0, "RUNNING": 0, "WAITING": 1, "FAILED": 2}
         left = [number for number in numbers if not self.statuses[number].is_over]
         if self.plan.is_listed and self.plan.config.sampler is not Sampler.grid:
@@ -53,8 +53,7 @@ class SweepState:
             random.Random(self.plan.config.seed).shuffle(units)  # in the order of their values each might beat the last
             place = {unit: i for i, unit in enumerate(units)}
             left.sort(key=lambda number: (place[self.trials[number].unit], number))
-        is_killed = {number for number in left if self.statuses[number].cause.startswith("killed")}  # it had started
-        return sorted(left, key=lambda number: 0 if number in is_killed else order[self.statuses[number].state])
+        return sorted(left, key=lambda number: order[self.statuses[number].state])
 
     def add(self, trial: Trial) -> None:
         """Take a trial into the sweep; sections of its configuration that others have too are kept once."""

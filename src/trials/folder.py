@@ -42,6 +42,7 @@ class TrialStatus:
     last: tuple[float | None, ...] = ()  # the newest value of each metric, of one that has not finished
     elapsed_seconds: float = 0.0
     warning: str = ""  # what is damaged of a trial that counts nevertheless
+    was_killed: bool = False  # whether its process ended without a word, so that its folder still says RUNNING
     is_damaged: bool = False  # whether its cause is something in its folder that the user must fix first
 
     @property
@@ -183,7 +184,7 @@ class SweepFolder:
             state = "FAILED" if problem else "FINISHED"
             return replace(found, state=state, values=values, cause=problem, warning=warning)
         elif found.state == "RUNNING":
-            found = replace(found, state="FAILED", cause=f"killed at step {found.step}")
+            found = replace(found, state="FAILED", cause=f"killed at step {found.step}", was_killed=True)
         if found.state == "WAITING":
             return found
         reports, elapsed_seconds = reported(run_dir, metrics)
