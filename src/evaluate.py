@@ -129,13 +129,14 @@ def set_names(job: Job) -> list[str]:
 def plain_model(config: RunConfig) -> RunConfig:
     """Return the configuration of a model that no run has trained; ConfigError where it starts from a checkpoint."""
     from src.checkpoint.exported import init_from_folder, with_init_from_model
+    from src.runtime.precision import with_precision
 
     if config.init_from is not None and init_from_folder(config) is None:
         raise ConfigError(
             f"init_from = {config.init_from}: a checkpoint for training; export it first (python -m src.export "
             "run=DIR export.checkpoint=step-N), then model.checkpoint=FOLDER"
         )
-    return with_init_from_model(config)
+    return with_precision(with_init_from_model(config))
 
 
 def score(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from src.config.job import Job
 from src.config.schema import Batching, InitMethod, RunConfig, TokensConfig, Weights
+from src.data.batching import about_choice
 from src.data.dataset import Data
 from src.forecast.disk import disk_forecast_of_run
 from src.forecast.parameters import optimizer_part, parameters_of, with_adapter
@@ -92,10 +93,14 @@ def _disk(config: RunConfig, state: TrainState, run_dir: Path) -> str:
 
 
 def _steps(config: RunConfig, state: TrainState) -> str:
-    rows = state.batch_sampler.batch_size * state.batch_sampler.micro_batches_per_step
-    sequences = f"{rows} {'sequences of packed rows' if config.data.batching is Batching.packed else 'rows'}"
+    sampler = state.batch_sampler
+    rows = "sequences of packed rows" if sampler.batching is Batching.packed else "rows"
+    sequences = f"{sampler.size * sampler.micro_batches_per_step:,} {rows}"
+    if sampler.counts_tokens:
+        sequences = f"as many rows as fit in {sampler.micro_batches_per_step} x {sampler.token_budget:,} positions"
+    grouped = f"\n{about_choice(sampler)}" if sampler.saved_share is not None else ""
     if state.steps_per_epoch is None:
-        how = "streamed" if config.data.streaming else "epochs are of different length, as thoughts fade"
-        return f"{state.num_steps:,}, each of {sequences}, {how}"
+        why = "" if sampler.counts_tokens else ", epochs are of different length, as thoughts fade"
+        return f"{state.num_steps:,}, each of {sequences}{', streamed' if config.data.streaming else why}{grouped}"
     epochs = state.num_steps / state.steps_per_epoch
-    return f"{state.num_steps:,}, each of {sequences}: {epochs:.3g} epoch{'s' if epochs > 1 else ''}"
+    return f"{state.num_steps:,}, each of {sequences}: {epochs:.3g} epoch{'s' if epochs > 1 else ''}{grouped}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,19 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from src.config.schema import Batching, RunConfig
-from src.data.batching import Batch, BatchSampler, Sequences, Window, collate, pack, steps_per_epoch, windows
+from src.data.batching import (
+    Batch,
+    BatchSampler,
+    Sequences,
+    Window,
+    choose_batching,
+    collate,
+    num_positions,
+    pack,
+    similar_batches,
+    steps_per_epoch,
+    windows,
+)
 from src.data.dataset import Data, build_data
 from src.data.encoding import IGNORE_INDEX
 from src.data.sets import EncodedSet
@@ -34,6 +47,7 @@ from tests.conftest import admitted, towline, write_lines
 from tests.kinds import byte_bpe
 
 PAD = 0
+WAYS = [Batching.padded, Batching.length_grouped, Batching.packed]
 ROWS = [{"prompt": "ab" * (i * 7 % 11) + "=", "completion": "xyz"[: 1 + i % 3] * (1 + i * 5 % 9)} for i in range(47)]
 TEXTS = [{"text": "abc" * (1 + i % 5)} for i in range(9)]
 
@@ -81,7 +95,7 @@ def order_of(epoch: list[Window]) -> list[int]:
     return [row for sequences in sequences_of(epoch) for sequence in sequences for row in sequence]
 
 
-@pytest.mark.parametrize("batching", list(Batching))
+@pytest.mark.parametrize("batching", WAYS)
 @pytest.mark.parametrize(("size", "accumulation"), [(1, 1), (1, 4), (8, 1), (5, 3), (47, 1), (64, 2)])
 @pytest.mark.parametrize("seed", [0, 42])
 def test_every_row_comes_once_in_an_epoch(
@@ -97,13 +111,118 @@ def test_every_row_comes_once_in_an_epoch(
         assert 1 <= len(sequences_of(epoch)[-1]) <= size
 
 
-@pytest.mark.parametrize("batching", list(Batching))
+@pytest.mark.parametrize("batching", WAYS)
 def test_order_follows_seed_and_epoch(rows: EncodedSet, batching: Batching) -> None:
     plan = BatchSampler(batching, 4, 2, max_tokens=64)
     orders = [tuple(order_of(epoch)) for seed in (1, 2) for epoch in epochs(rows, plan, seed, 3)]
     assert len(set(orders)) == 6
     again = [tuple(order_of(epoch)) for seed in (1, 2) for epoch in epochs(rows, plan, seed, 3)]
     assert again == orders
+
+
+@pytest.mark.parametrize("batching", [Batching.padded, Batching.length_grouped])
+@pytest.mark.parametrize(("budget", "accumulation"), [(48, 1), (49, 4), (128, 2), (10_000, 1)])
+def test_a_budget_holds_as_many_rows_as_fit(
+    rows: EncodedSet, batching: Batching, budget: int, accumulation: int
+) -> None:
+    plan = BatchSampler(batching, 4, accumulation, 64, token_budget=budget)
+    lengths = rows.lengths
+    found = epochs(rows, plan, 3, 3)
+    for number, epoch in enumerate(found):
+        assert sorted(order_of(epoch)) == list(range(len(rows)))
+        assert len(epoch) == steps_per_epoch(rows, plan, 3, epoch=number)
+        batches = sequences_of(epoch)
+        assert all(len(batch) * lengths[list(chain(*batch))].max() <= budget for batch in batches)
+        assert all(len(window.micro_batches) == accumulation for window in epoch[:-1])
+    assert [order_of(epoch) for epoch in epochs(rows, plan, 3, 3)] == [order_of(epoch) for epoch in found]
+    batches = plan.micro_batches_of(rows, [3, 0])
+    if batching is Batching.padded:  # in their order none could have taken the next one's first row
+        assert all(
+            (len(one) + 1) * lengths[list(chain(*one, other[0]))].max() > budget
+            for one, other in itertools.pairwise(batches)
+        )
+    taken = 0
+    for i, batch in enumerate(batches):
+        assert plan.micro_batches_of(rows, [3, 0], taken) == batches[i:]
+        if len(batch) > 1:
+            assert plan.micro_batches_of(rows, [3, 0], taken + 1) == [batch[1:], *batches[i + 1 :]]
+        taken += len(batch)
+    assert plan.micro_batches_of(rows, [3, 0], taken) == []
+
+
+@given(
+    some.lists(some.tuples(some.integers(1, 30), some.integers(0, 30)), min_size=1, max_size=60),
+    some.integers(1, 200),
+    some.sampled_from([Batching.padded, Batching.length_grouped]),
+)
+def test_a_budget_counts_targets_and_leaves_a_longer_row_alone(
+    pairs: list[tuple[int, int]], budget: int, batching: Batching
+) -> None:
+    lengths, targets = np.array(pairs).T
+    batches = BatchSampler(batching, 1, 1, 64, token_budget=budget).micro_batches(lengths, [0], 0, targets)
+    each = [list(chain(*batch)) for batch in batches]
+    assert sorted(chain(*each)) == list(range(len(pairs)))
+    assert all(len(one) == 1 or len(one) * (lengths[one].max() + targets[one].max()) <= budget for one in each)
+
+
+@given(
+    some.lists(some.tuples(some.integers(1, 30), some.integers(0, 30)), max_size=60),
+    some.integers(1, 8),
+    some.booleans(),
+)
+def test_rows_that_are_scored_come_in_batches_of_as_many_positions(
+    pairs: list[tuple[int, int]], size: int, is_pair: bool
+) -> None:
+    lengths = np.array(pairs, dtype=int).reshape(-1, 2).T
+    lengths = lengths if is_pair else lengths[0]
+    batches = similar_batches(lengths, size)
+    each = np.atleast_2d(lengths)
+    assert list(chain(*batches)) == np.argsort(each[0], kind="stable").tolist()
+    most = size * each.max(axis=1, initial=0).sum()
+    assert all(len(batch) * each[:, batch].max(axis=1).sum() <= most for batch in batches)
+    assert all(len(batch) >= min(size, each.shape[1]) for batch in batches[:-1])
+    if len({*pairs}) == 1:
+        assert [len(batch) for batch in batches[:-1]] == [size] * (len(batches) - 1)
+
+
+def positions_of(batches: list[Sequences], lengths: np.ndarray) -> int:
+    return sum(len(batch) * max(sum(lengths[row] for row in sequence) for sequence in batch) for batch in batches)
+
+
+@pytest.mark.parametrize("batching", WAYS)
+@pytest.mark.parametrize("budget", [None, 100])
+def test_positions_are_those_of_the_batches(rows: EncodedSet, batching: Batching, budget: int | None) -> None:
+    plan = BatchSampler(batching, 4, 1, 64, token_budget=budget)
+    computed = [
+        collate(rows, sequences, PAD).input_ids.numel() for sequences in sequences_of(epochs(rows, plan, 7, 1)[0])
+    ]
+    assert num_positions(rows, plan, 7) == sum(computed)
+
+
+def test_rows_are_grouped_where_that_saves_enough(rows: EncodedSet) -> None:
+    plan = BatchSampler(Batching.auto, 4, 2, 64)
+    chosen = choose_batching(rows, plan, 7)
+    padded, grouped = (
+        positions_of(replace(plan, batching=one).micro_batches(rows.lengths, [7, 0]), rows.lengths)
+        for one in (Batching.padded, Batching.length_grouped)
+    )
+    assert chosen == replace(plan, batching=Batching.length_grouped, saved_share=1 - grouped / padded)
+    alike = rows.select(np.flatnonzero(rows.lengths == np.bincount(rows.lengths).argmax()))
+    assert len(alike) > 1
+    for few in (alike, rows.select([0]), rows.select([])):
+        assert choose_batching(few, plan, 7) == replace(plan, batching=Batching.padded)
+    assert choose_batching(rows, replace(plan, batch_size=1), 7).batching is Batching.padded  # nothing is padded
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.049, Batching.padded), (0.051, Batching.length_grouped)])
+def test_a_few_positions_are_no_reason_to_group(
+    rows: EncodedSet, monkeypatch: pytest.MonkeyPatch, share: float, expected: Batching
+) -> None:
+    def counted(_: EncodedSet, plan: BatchSampler, __: int) -> int:
+        return 1000 if plan.batching is Batching.padded else round(1000 * (1 - share))
+
+    monkeypatch.setattr("src.data.batching.num_positions", counted)
+    assert choose_batching(rows, BatchSampler(Batching.auto, 4, 1, 64), 0).batching is expected
 
 
 def padded_tokens(rows: EncodedSet, batching: Batching) -> int:
@@ -494,11 +613,11 @@ def test_a_bias_behind_the_head_is_seen(tmp_path: Path) -> None:
 def test_an_encoder_decoder_learns(tmp_path: Path, runtime: Runtime, pair: tuple[Path, Any]) -> None:
     folder, model = pair
     file = write_lines(tmp_path / "rows.jsonl", ROWS[:8])
-    options = ["training.max_train_steps=30", "optimizer.lr=5e-3", "training.per_device_train_batch_size=8"]
+    options = ["training.max_train_steps=60", "optimizer.lr=5e-3", "training.per_device_train_batch_size=8"]
     config, data, _ = built(
         *only(file), *pair_options(folder), *options, "data.max_seq_length=64", "data.batching=length_grouped"
     )
-    assert build_batch_sampler(config).batching is Batching.length_grouped
+    assert build_batch_sampler(config, data.train).batching is Batching.length_grouped
     state = build_train_state(model, data.train, config, runtime)
     found = [step.pop_metrics()["train/loss"] for step in train(state, data.train, config, runtime, PAD)]
     assert found[-1] < found[0] / 2

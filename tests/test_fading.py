@@ -292,20 +292,21 @@ def epochs_of(
     config: RunConfig, rows: TrainSet, start: Position, num_epochs: int
 ) -> Iterator[tuple[Position, int, Counter[Any]]]:
     """Yield the position after each window, its epoch and the contents of its rows."""
-    for window in windows(rows, build_batch_sampler(config), config.seed, start):
+    for window in windows(rows, build_batch_sampler(config, rows), config.seed, start):
         if window.epoch == num_epochs:
             return
         fed = [content(block[row]) for block, sequences in window.micro_batches for one in sequences for row in one]
         yield window.after, window.epoch, Counter(fed)
 
 
-@pytest.mark.parametrize("how", ["padded", "length_grouped", "packed", "streamed"])
+@pytest.mark.parametrize("how", ["padded", "length_grouped", "packed", "streamed", "budget"])
 def test_an_epoch_feeds_the_same_rows_in_every_way_and_from_every_position(
     how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream, "BLOCK_ROWS", 15)
     monkeypatch.setattr(stream, "CHUNK_ROWS", 7)
-    ways = STREAMED if how == "streamed" else [f"data.batching={how}"]
+    budget = ["data.max_seq_length=64", "training.per_device_train_tokens=96"]
+    ways = {"streamed": STREAMED, "budget": budget}.get(how, [f"data.batching={how}"])
     config, data = built(*FADES, *ways, "training.per_device_train_batch_size=3")
     expected = trained_on(*FADES)
     given = list(epochs_of(config, data.train, Position(), 3))
@@ -317,10 +318,12 @@ def test_an_epoch_feeds_the_same_rows_in_every_way_and_from_every_position(
         assert list(epochs_of(config, again, given[k - 1][0], 3)) == given[k:]
 
 
-def test_steps_are_planned_of_every_epochs_lengths_from_anywhere() -> None:
-    packed = ["data.batching=packed", "data.max_seq_length=64", "training.per_device_train_batch_size=2"]
-    config, data = built(*FADES, *packed, "training.num_train_epochs=4.5")
-    sampler = build_batch_sampler(config)
+@pytest.mark.parametrize(
+    "batches", ["data.batching=packed training.per_device_train_batch_size=2", "training.per_device_train_tokens=128"]
+)
+def test_steps_are_planned_of_every_epochs_lengths_from_anywhere(batches: str) -> None:
+    config, data = built(*FADES, *batches.split(), "data.max_seq_length=64", "training.num_train_epochs=4.5")
+    sampler = build_batch_sampler(config, data.train)
     given = list(epochs_of(config, data.train, Position(), 5))
     counts = [sum(number == epoch for _, number, _ in given) for epoch in range(5)]
     assert counts[0] > counts[2] > counts[4]

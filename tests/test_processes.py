@@ -439,7 +439,7 @@ def test_a_step_takes_the_same_rows_of_any_number_of_processes(lab: Laboratory, 
         train = build_data(config, tokenizer).train
         assert isinstance(train, EncodedSet)
         found = []
-        for window in windows(train, build_batch_sampler(config, num_processes), config.seed):
+        for window in windows(train, build_batch_sampler(config, train, num_processes), config.seed):
             found.append((window.after, [row for _, part in window.micro_batches for rows in part for row in rows]))
             if window.epoch == epoch_of - 1 and window.ends_epoch:
                 return found

@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from src.checkpoint.manifest import newest_resumable, problems_of
+from src.checkpoint.manifest import newest_resumable, problems_of, read_state
 from src.cli.start import run_job as run
 from src.config.job import Job
 from src.config.places import steps_in
@@ -118,10 +118,13 @@ def assert_same(first: Path, second: Path) -> None:
     assert numbers[0] == numbers[1]
 
 
+BUDGET = ("data.max_seq_length=64", "training.per_device_train_tokens=256", *FADED)
+
+
 @pytest.mark.parametrize(
     ("adapter", "batching"),
-    [((), "padded"), ((), "length_grouped"), ((), "packed"), (LORA, "packed")],
-    ids=["padded", "length_grouped", "packed", "packed-lora"],
+    [((), "padded"), ((), "length_grouped"), (BUDGET, "length_grouped"), ((), "packed"), (LORA, "packed")],
+    ids=["padded", "length_grouped", "budget", "packed", "packed-lora"],
 )
 def test_thirty_steps_with_stops_equal_thirty_steps_straight(
     tmp_path: Path, adapter: tuple[str, ...], batching: str
@@ -179,6 +182,7 @@ TWELVE = (
         ("loss.reduction=sum", "loss.thought_weight=0.5", "loss.label_smoothing=0.1", "optimizer.lr=1e-4"),
         ("data.streaming=true", "data.validation_fraction=0"),
         ("data.streaming=true", "data.batching=length_grouped", *FADED),
+        ("data.streaming=true", "training.per_device_train_tokens=128", "data.max_seq_length=64"),
         ("scheduler=linear", "scheduler.warmup_steps=4", "training.max_grad_norm=null"),
     ],
     ids=lambda overrides: " ".join(overrides[:2]),
@@ -290,6 +294,43 @@ def test_more_epochs_are_harmless_and_fewer_are_not(tmp_path: Path) -> None:
     summary = start(tmp_path / "run", *once, "training.num_train_epochs=3")
     assert summary["steps"] == 3 * 18  # ceil(70 / 4) steps an epoch
     assert summary["examples_seen"] == 3 * 70
+
+
+UNEVEN = [{"prompt": "1" * (1 + i * 7 % 40) + "=", "completion": f"{i}."} for i in range(26)]
+
+
+@pytest.mark.parametrize("before", ["padded", "length_grouped", "auto"])
+@pytest.mark.parametrize("now", ["padded", "length_grouped", "auto"])
+def test_auto_is_what_it_was_where_a_run_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], before: str, now: str
+) -> None:
+    rows = f"data.train_files=[{write_lines(tmp_path / 'rows.jsonl', UNEVEN)}]"
+    own = (*THIRTY, rows, "data=prompt_completion", "training.max_train_steps=9", "training.num_train_epochs=1")
+    meant = "length_grouped" if before == "auto" else before
+    start(tmp_path / "straight", *own, f"data.batching={meant}")
+    with pytest.raises(Interrupted):
+        start(tmp_path / "broken", *own, f"data.batching={before}", fate=Fate(5))
+    if now not in (meant, "auto"):
+        with pytest.raises(ConfigError, match=rf"data\.batching: {meant} → {now}"):
+            start(tmp_path / "broken", *own, f"data.batching={now}")
+        return
+    capsys.readouterr()
+    start(tmp_path / "broken", *own, f"data.batching={now}")
+    assert "differently" not in capsys.readouterr().out
+    assert_same(tmp_path / "straight", tmp_path / "broken")
+
+
+def test_auto_is_not_chosen_anew_for_other_rows(tmp_path: Path) -> None:
+    own = (*THIRTY, "data=prompt_completion", "training.max_train_steps=9")
+    files = [write_lines(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", UNEVEN), ("b", UNEVEN[:1] * 26))]
+    found = []
+    for file, fate in zip(files, (Fate(5), Fate(9)), strict=True):
+        changed = (f"data.train_files=[{file}]", "checkpoint.allow_changed=true")
+        with pytest.raises(Interrupted):
+            start(tmp_path / "run", *own, *changed, fate=fate)
+        folder = tmp_path / "run" / "checkpoints"
+        found.append(read_state(folder / f"step-{newest_resumable(folder):08}")["chosen"]["data.batching"])
+    assert found == ["length_grouped", "length_grouped"]
 
 
 def test_another_batch_size_ends_the_epoch_with_every_row_once(tmp_path: Path) -> None:

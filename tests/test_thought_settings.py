@@ -205,7 +205,7 @@ def rows_of(batch: Batch, pad: int) -> Iterator[Fed]:
 
 def batches(config: RunConfig, rows: EncodedSet, epoch: int, pad: int) -> Iterator[Batch]:
     """Yield the batches of an epoch."""
-    for window in windows(rows, build_batch_sampler(config), config.seed, Position(epoch)):
+    for window in windows(rows, build_batch_sampler(config, rows), config.seed, Position(epoch)):
         yield from (collate(block, sequences, pad) for block, sequences in window.micro_batches)
         if window.ends_epoch:
             return

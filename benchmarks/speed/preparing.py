@@ -161,7 +161,7 @@ def encoded(config: RunConfig) -> EncodedSet:
 
 def epoch(rows: EncodedSet, config: RunConfig) -> Iterator[Window]:
     """Yield the steps of the first epoch."""
-    for window in windows(rows, build_batch_sampler(config), config.seed):
+    for window in windows(rows, build_batch_sampler(config, rows), config.seed):
         yield window
         if window.ends_epoch:
             return

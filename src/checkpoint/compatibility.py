@@ -54,7 +54,7 @@ class Fingerprint:
     frozen_weights: str | None  # hash of the weights that are not trained, so not in a checkpoint; None: all are
     device: str  # "cpu" or "cuda"
     num_processes: int
-    step_sequences: int  # rows, or packs of rows, that a step takes from all processes
+    step_sequences: int  # rows, packs of rows, or positions that a step takes from all processes
     versions: dict[str, str]  # library -> version
     architecture: str | None = None
     """Hash of the model's own settings that no shape shows (positions, norms, dropout); None: unknown."""

@@ -36,7 +36,8 @@ def _run_frozen(file: str, run_dir: str, *, stop: StopRequest) -> int:
         copy_output(Path(run_dir))
     frozen = load_json(Path(file))
     config = parse_stored(frozen["config"])
-    return guarded_run(Job(config, frozen["config"], Path(run_dir), is_held=True, trial=frozen["trial"]), stop)
+    of_parent = {"chosen": frozen["chosen"], "trial": frozen["trial"]}
+    return guarded_run(Job(config, frozen["config"], Path(run_dir), is_held=True, **of_parent), stop)
 
 
 def _admit_and_run(arguments: Sequence[str], stop: StopRequest) -> int:

@@ -48,10 +48,12 @@ def run_as_many(job: Job, stop: StopRequest) -> int:
     config, run_dir = job.config, job.run_dir
     is_first = config.runtime.machine_rank == 0
     with hold(run_dir) if is_first else nullcontext() as lock:
-        find_resume_point(config.checkpoint, job.frozen, run_dir, force=config.force)  # refused before anything starts
+        # what is refused is refused before any process starts
+        found = find_resume_point(config.checkpoint, job.frozen, run_dir, force=config.force)
         run_dir.mkdir(parents=True, exist_ok=True)
         file = run_dir / f".frozen-{config.runtime.machine_rank}.json"
-        file.write_text(json.dumps({"config": job.frozen, "trial": job.trial}), encoding="utf-8")
+        frozen = {"config": job.frozen, "chosen": dict(found.chosen), "trial": job.trial}
+        file.write_text(json.dumps(frozen), encoding="utf-8")
         command = [sys.executable, "-m", "src.run", FROZEN, str(file), str(run_dir)]
         try:
             with stop.deferred():  # it is passed on

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -28,7 +29,8 @@ from src.config.schema import LATER_KEYS
 from src.errors import DamagedFileError
 from src.records import OPTIONAL_TEXT, Types, damaged, read_bytes, read_json
 
-CONFIG, STARTS, STATUS = "config.yaml", "starts.jsonl", "status.json"
+CONFIG, STARTS, STATUS, PROVENANCE = "config.yaml", "starts.jsonl", "status.json", "provenance.json"
+PRECISION = "mixed_precision"  # in provenance.json: what training.mixed_precision meant, where it was auto
 SWEEP = "sweep.json"
 """In the folder of a sweep, which holds the folders of its trials."""
 START_KEYS: Mapping[str, Types] = {"time": str, "command": list, "config_hash": str}
@@ -171,6 +173,7 @@ def read_finished(folder: Path, line: CommandLine, entry: str, key: str = "run")
     if line.value_of("export.checkpoint") is None and (reason := _unfinished(folder)):
         saved = "; export.checkpoint=last takes what it has saved" if entry == "export" else ""
         problems.append(Problem.on_command_line(key, f"{reason}{saved}", str(folder)))
+    _settle_precision(folder, sections)
     problems += _code_problems(folder, sections, line)
     if isinstance(sections.get("data"), dict):
         sections["data"] |= _rows_of_others(sections["data"], line, entry)
@@ -186,6 +189,15 @@ def read_finished(folder: Path, line: CommandLine, entry: str, key: str = "run")
     for known in (composed.sections, composed.stored):
         known |= clash if known else {}
     return composed
+
+
+def _settle_precision(folder: Path, sections: dict[str, Any]) -> None:
+    """Have a finished run's `auto` be the precision that it was trained in, in place."""
+    training = sections.get("training")
+    if isinstance(training, dict) and training.get("mixed_precision") == "auto":
+        with suppress(FileNotFoundError, DamagedFileError):  # auto is then what this device computes
+            noted = read_json(folder / PROVENANCE, {PRECISION: str}, remedy="")
+            sections["training"] = training | {"mixed_precision": noted[PRECISION]}
 
 
 def _rows_of_others(data: Mapping[str, Any], line: CommandLine, entry: str) -> dict[str, Any]:

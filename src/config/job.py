@@ -1,7 +1,7 @@
 """What the gate admits: a job to run, or what else a command line asks for."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ class Job:
     is_finished: bool = False  # whether the folder is that of a finished run, which an entry uses
     is_held: bool = False  # whether the process that started this one holds the run's folder
     sweep: SweepConfig | None = None  # the section `sweep`, with -m
+    chosen: Mapping[str, str] = field(default_factory=dict)
+    """What keys that are `auto` mean, as the process that started this one chose; see ResumePoint.chosen."""
     trial: Mapping[str, Any] | None = None
     """When a trial ends early, see src.sweep.pruning.Pruning; None of other runs."""
 

@@ -18,6 +18,7 @@ from src.data.stream import StreamedSet
 from src.errors import DataError
 
 GROUP_BATCHES = 50  # batches whose rows are sorted by length together, for Batching.length_grouped
+LEAST_SAVING = 0.05  # share of the positions that Batching.auto must save by grouping
 Sequences = list[list[int]]  # rows of a micro-batch by sequence: one row in each, or several where they are packed
 
 
@@ -73,27 +74,53 @@ class BatchSampler:
     """Arranges rows into micro-batches.
 
     `batch_size` counts sequences, `micro_batches_per_step` those of all processes; packed ones hold up to `max_tokens`.
+    With a `token_budget` a micro-batch has as many rows as fit in so many positions, padding included; a row that is
+    longer is alone. `saved_share` is the share of positions for which Batching.auto chose to group, from 0 to 1.
     """
 
-    batching: Batching
+    batching: Batching  # not auto
     batch_size: int
     micro_batches_per_step: int
     max_tokens: int
+    token_budget: int | None = None
+    saved_share: float | None = None
 
     def micro_batches_of(self, rows: EncodedSet, seed: Sequence[int], num_taken: int = 0) -> list[Sequences]:
         """Do the same with a set, whose lengths are computed only where they count."""
-        lengths = np.zeros(len(rows)) if self.batching is Batching.padded else rows.lengths
-        return self.micro_batches(lengths, seed, num_taken)
+        if self.batching is Batching.padded and not self.counts_tokens:
+            return self.micro_batches(np.zeros(len(rows)), seed, num_taken)
+        return self.micro_batches(rows.lengths, seed, num_taken, rows.target_lengths)
 
-    def micro_batches(self, lengths: np.ndarray, seed: Sequence[int], num_taken: int = 0) -> list[Sequences]:
+    def micro_batches(
+        self, lengths: np.ndarray, seed: Sequence[int], num_taken: int = 0, target_lengths: np.ndarray | None = None
+    ) -> list[Sequences]:
         """Put every row into exactly one micro-batch, in an order by seed.
 
         Args:
-            lengths: of each row, in tokens, [rows].
+            lengths: of each row, in tokens, [rows]; `target_lengths` those of an encoder-decoder's targets.
             num_taken: how many sequences to leave out, the first ones in this order: they were used before.
         """
-        sequences = self._sequences(lengths, np.random.default_rng(list(seed)))[num_taken:]
-        return [sequences[start : start + self.batch_size] for start in range(0, len(sequences), self.batch_size)]
+        rng = np.random.default_rng(list(seed))
+        if self.counts_tokens:
+            return _without(num_taken, self._within_budget(lengths, target_lengths, rng))
+        sequences = self._sequences(lengths, rng)[num_taken:]
+        return [sequences[start : start + self.size] for start in range(0, len(sequences), self.size)]
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether how many rows a micro-batch has depends on their lengths."""
+        return self.token_budget is not None and self.batching is not Batching.packed
+
+    @property
+    def size(self) -> int:
+        """Sequences of a micro-batch; packed ones are all counted as full."""
+        return self.batch_size if self.token_budget is None else max(1, self.token_budget // self.max_tokens)
+
+    @property
+    def step_size(self) -> int:
+        """Sequences that a step takes from all processes, or positions, where these are counted."""
+        size = self.batch_size if self.token_budget is None else self.token_budget
+        return size * self.micro_batches_per_step
 
     def _sequences(self, lengths: np.ndarray, rng: np.random.Generator) -> Sequences:
         """Put every row into exactly one sequence; only the order of length-grouped ones depends on the batch size."""
@@ -104,6 +131,20 @@ class BatchSampler:
         if self.batching is Batching.length_grouped:
             order = _grouped(lengths, order, self.batch_size, rng)
         return [[row] for row in order.tolist()]
+
+    def _within_budget(
+        self, lengths: np.ndarray, target_lengths: np.ndarray | None, rng: np.random.Generator
+    ) -> list[Sequences]:
+        """Fill each micro-batch with rows up to the budget; those of similar length are shuffled as micro-batches."""
+        assert self.token_budget is not None
+        each = np.stack([lengths, np.zeros_like(lengths) if target_lengths is None else target_lengths])
+        order = rng.permutation(len(lengths))
+        if self.batching is Batching.padded:
+            return _filled(each, order, self.token_budget)
+        mean = max(1.0, float(each.sum()) / max(1, len(lengths)))
+        size = max(1, int(self.token_budget * GROUP_BATCHES / mean))
+        filled = _filled(each, _sorted_in_groups(lengths, order, size), self.token_budget)
+        return [filled[i] for i in rng.permutation(len(filled))]
 
 
 @dataclass(frozen=True)
@@ -175,8 +216,8 @@ def _blocks(
 
 def steps_per_epoch(rows: EncodedSet, sampler: BatchSampler, seed: int, num_taken: int = 0, epoch: int = 0) -> int:
     """Return the number of optimizer steps of an epoch, or of the rest of it; the last one may be short."""
-    if sampler.batching is Batching.packed:
-        num_micro_batches = len(sampler.micro_batches(rows.in_epoch(epoch).lengths, [seed, epoch], num_taken))
+    if sampler.batching is Batching.packed or sampler.counts_tokens:
+        num_micro_batches = len(sampler.micro_batches_of(rows.in_epoch(epoch), [seed, epoch], num_taken))
     else:
         num_micro_batches = math.ceil(max(0, len(rows) - num_taken) / sampler.batch_size)
     return math.ceil(num_micro_batches / sampler.micro_batches_per_step)
@@ -214,12 +255,83 @@ def pack(lengths: np.ndarray, max_tokens: int) -> list[list[int]]:
 
 def _grouped(lengths: np.ndarray, order: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
     """Sort the rows by length within groups of some batches, then shuffle the batches; the short one stays last."""
-    size = batch_size * GROUP_BATCHES
-    groups = [order[start : start + size] for start in range(0, len(order), size)]
-    grouped = np.concatenate([group[np.argsort(lengths[group], kind="stable")] for group in groups] or [order])
+    grouped = _sorted_in_groups(lengths, order, batch_size * GROUP_BATCHES)
     num_full = len(grouped) // batch_size
     full = grouped[: num_full * batch_size].reshape(num_full, batch_size)
     return np.concatenate([full[rng.permutation(num_full)].ravel(), grouped[num_full * batch_size :]])
+
+
+def _sorted_in_groups(lengths: np.ndarray, order: np.ndarray, size: int) -> np.ndarray:
+    groups = [order[start : start + size] for start in range(0, len(order), size)]
+    return np.concatenate([group[np.argsort(lengths[group], kind="stable")] for group in groups] or [order])
+
+
+def _filled(lengths: np.ndarray, order: np.ndarray, budget: int) -> list[Sequences]:
+    """Cut rows, in their order, into micro-batches of at most `budget` positions; lengths are [input and target, rows].
+
+    A row that is longer than that is alone.
+    """
+    batches: list[Sequences] = []
+    longest = (0, 0)
+    for row, length, target in zip(order.tolist(), *lengths[:, order].astype(int).tolist(), strict=True):
+        longest = max(longest[0], length), max(longest[1], target)
+        if batches and (len(batches[-1]) + 1) * sum(longest) <= budget:
+            batches[-1].append([row])
+        else:
+            batches.append([[row]])
+            longest = length, target
+    return batches
+
+
+def similar_batches(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
+    """Put rows of similar length together, the shortest first, to be scored or generated for.
+
+    A batch has at most as many positions as `batch_size` of the longest rows have, so that short rows come in larger
+    ones. `lengths` are [rows], or of an encoder-decoder [input and target, rows].
+    """
+    each = np.atleast_2d(lengths)
+    each = np.concatenate([each, np.zeros((2 - len(each), each.shape[1]), dtype=each.dtype)])
+    order = np.argsort(each[0], kind="stable")
+    budget = batch_size * int(each.max(axis=1, initial=0).sum())
+    return [[row for (row,) in batch] for batch in _filled(each, order, budget)]
+
+
+def _without(num_taken: int, batches: list[Sequences]) -> list[Sequences]:
+    """Return micro-batches without the first sequences; one that lacks some of its own is shorter."""
+    left: list[Sequences] = []
+    for batch in batches:
+        if len(batch) > num_taken:
+            left.append(batch[num_taken:])
+        num_taken = max(0, num_taken - len(batch))
+    return left
+
+
+def num_positions(rows: EncodedSet, sampler: BatchSampler, seed: int) -> int:
+    """Count the positions of a first epoch's micro-batches, padding included; those of targets too."""
+    batches = sampler.micro_batches(rows.lengths, [seed, 0], 0, rows.target_lengths)
+    first = np.cumsum([0, *map(len, batches)])
+    each = [sequence for batch in batches for sequence in batch]
+    num_rows = np.cumsum([0, *map(len, each)])[:-1]
+    flat = np.array([row for sequence in each for row in sequence])
+    of_sequences = (np.add.reduceat(lengths[flat], num_rows) for lengths in (rows.lengths, rows.target_lengths))
+    return sum(int((np.maximum.reduceat(one, first[:-1]) * np.diff(first)).sum()) for one in of_sequences)
+
+
+def choose_batching(rows: EncodedSet, sampler: BatchSampler, seed: int) -> BatchSampler:
+    """Return a sampler as the given one that groups rows by length where that saves enough positions, else pads them.
+
+    It depends on the lengths and the seed only, so that all processes choose alike.
+    """
+    padded, grouped = (replace(sampler, batching=one) for one in (Batching.padded, Batching.length_grouped))
+    if not len(rows):
+        return padded
+    saved = 1 - num_positions(rows, grouped, seed) / num_positions(rows, padded, seed)
+    return replace(grouped, saved_share=saved) if saved >= LEAST_SAVING else padded
+
+
+def about_choice(sampler: BatchSampler) -> str:
+    """Return what Batching.auto chose to group for, in words."""
+    return f"rows of similar length together, {sampler.saved_share:.0%} fewer positions (data.batching=auto)"
 
 
 class LabelledRows(Protocol):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from src.config.schema import RunConfig
-from src.data.batching import collate
+from src.data.batching import collate, similar_batches
 from src.data.dataset import Data
 from src.data.encoding import IGNORE_INDEX, PARTS
 from src.data.sets import EncodedSet
@@ -79,14 +79,13 @@ class Evaluator:
     @torch.no_grad()
     def _losses(self, rows: EncodedSet, count: int, targets: "TargetStats") -> dict[str, float]:
         """Compute the mean nats per supervised token of the first `count` rows: of all, and of each part."""
-        order = sorted(range(count), key=lambda i: rows.lengths[i])  # little padding
         sums = torch.zeros(2 * len(PARTS), dtype=torch.float64)  # nats and tokens of each part
         self.loss_model.eval()
-        size = self.generator.batch_size
+        lengths = np.stack([rows.lengths[:count], rows.target_lengths[:count]])
+        batches = similar_batches(lengths, self.generator.batch_size)
         with self.progress.work("evaluating", rows.name, count) as advance:
-            for start, is_real in self.runtime.split(range(0, count, size)):
+            for chosen, is_real in self.runtime.split(batches):
                 self.runtime.check_stop()
-                chosen = order[start : start + size]
                 batch = collate(rows, [[i] for i in chosen], self.generator.pad_token_id)
                 losses = self.loss_model(**batch.to(self.runtime.device).inputs())
                 advance(len(chosen) * self.runtime.num_processes)

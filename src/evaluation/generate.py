@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from src.config.schema import RunConfig, ThoughtMode
+from src.data.batching import similar_batches
 from src.data.dataset import Data
 from src.data.sets import EncodedSet
 from src.errors import DataError, ModelError
@@ -113,7 +114,7 @@ class Generator:
         is_alone = self._samples_beams or self._stretches(max(map(len, prompts), default=0))
         size = 1 if is_alone else self.batch_size
         alike = [list(group) for _, group in groupby(texts, key=lambda text: len(prefixes[text[0]]))]
-        batches = [group[start : start + size] for group in alike for start in range(0, len(group), size)]
+        batches = [batch for group in alike for batch in self._batches(group, prompts, is_alone=is_alone)]
         at_once = size * num_best * self.runtime.num_processes
         with self.progress.work("generating", what, len(prompts) * count, "texts", at_once) as advance:
             for batch, is_real in self.runtime.split(batches):
@@ -132,6 +133,16 @@ class Generator:
         self.model.train(training)
         completions = {number: one for process in self.runtime.gather(local) for number, one in process.items()}
         return [[completions[i * count + sample] for sample in range(count)] for i in range(len(prompts))]
+
+    def _batches(
+        self, texts: Sequence[tuple[int, int]], prompts: Sequence[list[int]], *, is_alone: bool
+    ) -> list[list[tuple[int, int]]]:
+        """Batch texts, each a prompt's number and a sample's, by how many positions they may come to."""
+        if is_alone:
+            return [[text] for text in texts]
+        longest = self.model.generation_config.max_new_tokens
+        lengths = np.array([len(prompts[i]) + longest for i, _ in texts])
+        return [[texts[i] for i in batch] for batch in similar_batches(lengths, self.batch_size)]
 
     @property
     def _samples_beams(self) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from src.data.batching import LabelledRows, collate
+from src.data.batching import LabelledRows, collate, similar_batches
 from src.data.encoding import IGNORE_INDEX, THOUGHT
 from src.data.paired import PairedRows
 from src.data.views import Piece
@@ -40,11 +40,10 @@ class Scorer:
     def score(self, rows: LabelledRows, indices: Sequence[int]) -> list[TokenNll]:
         """Compute the losses of some rows, in their order; Interrupted between two batches, where a signal asked."""
         self.loss_model.eval()
-        order = sorted(range(len(indices)), key=lambda i: len(rows[indices[i]].input_ids))  # little padding
+        batches = similar_batches(np.array([rows[i].num_tokens for i in indices], dtype=int), self.batch_size)
         found: dict[int, TokenNll] = {}
-        for start in range(0, len(order), self.batch_size):
+        for chosen in batches:
             self.runtime.check_stop()
-            chosen = order[start : start + self.batch_size]
             batch = collate(rows, [[indices[i]] for i in chosen], self.pad_token_id)
             with self.runtime.autocast():
                 losses = self.loss_model(**batch.to(self.runtime.device).inputs())

@@ -4,9 +4,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from src.data.batching import similar_batches
 from src.data.encoding import EncodedRow
 from src.runtime.session import Runtime
 
@@ -26,11 +28,10 @@ class ContinuationScorer:
 
         Interrupted between batches, where a signal asked for it.
         """
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids) - len(rows[i].target_ids or ()))
+        lengths = np.array([len(row.input_ids) + len(row.target_ids or ()) for row in rows], dtype=int)
         self.model.eval()
-        for start in range(0, len(rows), self.batch_size):
+        for batch in reversed(similar_batches(lengths, self.batch_size)):
             self.runtime.check_stop()
-            batch = order[start : start + self.batch_size]
             yield list(zip(batch, self._scores([rows[i] for i in batch]), strict=True))
 
     @torch.no_grad()

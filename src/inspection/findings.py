@@ -12,7 +12,7 @@ import numpy as np
 
 from src.config.schema import Batching, RunConfig
 from src.data.advice import Finding, Level, advice
-from src.data.batching import BatchSampler
+from src.data.batching import BatchSampler, num_positions
 from src.data.chat_render import CHANGED, MISSING, squeezed
 from src.data.dataset import Data
 from src.data.encoding import IGNORE_INDEX, Encoder
@@ -271,12 +271,10 @@ def _about_rows(config: RunConfig, data: Data, train: EncodedSet) -> Iterator[Fi
 
 
 def _about_batches(config: RunConfig, train: EncodedSet, num_steps: int) -> Iterator[Finding]:
-    wasted = {
-        batching: padding(train, replace(build_batch_sampler(config), batching=batching), config.seed)
-        for batching in Batching
-        if not (batching is Batching.packed and train.is_encoder_decoder)
-    }
-    now = wasted.pop(config.data.batching)
+    sampler = build_batch_sampler(config, train)
+    ways = [Batching.padded, Batching.length_grouped] + [Batching.packed] * (not train.is_encoder_decoder)
+    wasted = {way: padding(train, replace(sampler, batching=way), config.seed) for way in ways}
+    now = wasted.pop(sampler.batching)
     others = ", ".join(f"{share:.0%} with {batching.value}" for batching, share in wasted.items())
     if now > MUCH_PADDING and min(wasted.values()) < now / 2:
         yield Finding(Level.note, f"{now:.0%} of what is computed is padding; it would be {others} (data.batching)")
@@ -287,11 +285,7 @@ def _about_batches(config: RunConfig, train: EncodedSet, num_steps: int) -> Iter
 
 def padding(rows: EncodedSet, batch_sampler: BatchSampler, seed: int) -> float:
     """Return the share of the first epoch's positions that are padding, from 0 to 1."""
-    computed = sum(
-        len(sequences) * max(int(rows.lengths[sequence].sum()) for sequence in sequences)
-        for sequences in batch_sampler.micro_batches(rows.lengths, [seed, 0])
-    )
-    return 1 - int(rows.lengths.sum()) / computed
+    return 1 - rows.num_tokens / num_positions(rows, batch_sampler, seed)
 
 
 def row_checksums(rows: EncodedSet) -> list[tuple[int, int]]:

@@ -4,8 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from src.config.schema import InitMethod, RunConfig, Weights
+from src.config.schema import Batching, InitMethod, RunConfig, Weights
 from src.data.advice import Finding, Level
+from src.data.batching import about_choice
 from src.data.dataset import Data
 from src.data.sets import EncodedSet
 from src.errors import visible
@@ -137,7 +138,8 @@ def show_fading(console: Console, config: RunConfig, data: Data, num_epochs: int
 def show_forecasts(console: Console, config: RunConfig, forecast: Forecast) -> None:
     """Print the number of steps and the forecasts of memory, disk and time."""
     training, work = config.training, forecast.work
-    rows = f"{training.per_device_train_batch_size} x {training.gradient_accumulation_steps}"
+    sampler = work.batch_sampler
+    rows = f"{sampler.token_budget if sampler.counts_tokens else sampler.size} x {training.gradient_accumulation_steps}"
     processes = config.runtime.world_size
     rows += f" x {processes} processes" if processes > 1 else ""
     each = ", for each process" if processes > 1 else ""
@@ -146,10 +148,12 @@ def show_forecasts(console: Console, config: RunConfig, forecast: Forecast) -> N
     padded = 1 - work.tokens_fed / max(1, work.tokens_computed)
     fades = bool(config.data.thought_dropout or config.data.thought_schedule)
     fed = f"{'at most ' if fades else ''}{work.tokens_fed:,} tokens fed{' (thoughts fade)' if fades else ''}"
+    unit = "positions" if sampler.counts_tokens else "sequences" if sampler.batching is Batching.packed else "rows"
+    chosen = "" if sampler.saved_share is None else f"\n{about_choice(sampler)}"
     console.label(
         "steps",
-        f"{work.num_steps:,}{epochs} of {rows} {'sequences' if config.data.batching.value == 'packed' else 'rows'}\n"
-        f"{fed}; {padded:.0%} of what is computed is padding ({config.data.batching.value})",
+        f"{work.num_steps:,}{epochs} of {rows} {unit}\n"
+        f"{fed}; {padded:.0%} of what is computed is padding ({sampler.batching.value}){chosen}",
     )
     memory, disk, measured = forecast.memory, forecast.disk, forecast.measured
     console.label("memory", _table([*memory.parts, *memory.instead, memory.total._replace(name=f"total{each}")]))

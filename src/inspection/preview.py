@@ -27,13 +27,14 @@ from src.inspection.pages import (
     show_sets,
     show_tokens,
 )
-from src.inspection.run_forecast import about_disk, device_of, forecast_run
+from src.inspection.run_forecast import about_disk, forecast_run
 from src.model.build import check_adapter_of, check_lengths, empty_model
 from src.model.embeddings import resize_and_initialise
 from src.model.quantization import check_quantisable
 from src.model.untrained import stored_untrained_tokens
 from src.runtime.allocation import resident_bytes
 from src.runtime.collector import collect_from_here
+from src.runtime.precision import device_of, with_precision
 from src.runtime.products import bf16_warnings
 from src.tracking.console import Console
 from src.training.loss import part_weights
@@ -43,7 +44,7 @@ def inspect_run(job: Job, console: Console, libraries_bytes: int) -> int:
     """Assemble what a run would, without weights; show it, what it will take and the findings; return the exit code.
     TowlineError says what a run would refuse.
     """
-    config, own = job.config, job.entry_section
+    config, own = with_precision(job.config), job.entry_section
     folder, paint = Path("outputs", config.name, "preflight"), Paint(sys.stdout)
     collect_from_here()
     before = resident_bytes()

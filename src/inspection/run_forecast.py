@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from src.config.schema import Device, MixedPrecision, RunConfig, ZeroConfig
+from src.config.schema import MixedPrecision, RunConfig, ZeroConfig
 from src.data.dataset import Data
 from src.forecast.counting import ForwardCount, ModelCounter, TrainingCount, UncountableError, counted
 from src.forecast.disk import DiskForecast, disk_forecast_of_run
@@ -23,6 +23,7 @@ from src.model.adapters import add_adapter
 from src.model.build import with_zero_sizes
 from src.model.quantization import put_quantised_layers, quantization_settings
 from src.progress import Progress
+from src.runtime.precision import device_of
 from src.runtime.products import matmul_flops_per_second
 from src.util import human_bytes
 
@@ -198,9 +199,3 @@ def planned_parameters(config: RunConfig, model: Any, new_ids: Sequence[int]) ->
         config = replace(config, adapter=replace(config.lora, init_lora_weights=True))
     add_adapter(model, config, new_ids)
     return with_adapter(parameters, model)
-
-
-def device_of(config: RunConfig) -> torch.device:
-    """Return the device that a run would take here."""
-    use_cuda = config.runtime.device is not Device.cpu and torch.cuda.is_available()
-    return torch.device("cuda" if use_cuda else "cpu")

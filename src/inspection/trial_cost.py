@@ -9,17 +9,18 @@ import torch
 from src.config.gate import parse_stored
 from src.data.dataset import build_data
 from src.data.tokenizer import load_tokenizer
-from src.inspection.run_forecast import device_of, forecast_run
+from src.inspection.run_forecast import forecast_run
 from src.inspection.sweep_cost import TrialCost
 from src.model.build import empty_model
 from src.model.embeddings import resize_and_initialise
 from src.runtime.allocation import resident_bytes
+from src.runtime.precision import device_of, with_precision
 from src.tracking.console import Console
 
 
 def forecast_trial(frozen: Mapping[str, Any], console: Console) -> TrialCost:
     """Forecast a trial by its frozen configuration; TowlineError says what its run would refuse."""
-    config = parse_stored(dict(frozen))
+    config = with_precision(parse_stored(dict(frozen)))
     before = resident_bytes()
     tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
     data = build_data(config, tokenizer, console.working)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
+
 from src.config.schema import Batching, RunConfig, TrainingConfig
-from src.data.batching import BatchSampler, Sequences
+from src.data.batching import BatchSampler, Sequences, similar_batches
 from src.data.dataset import Data
 from src.data.sets import EncodedSet
 from src.forecast.counting import MicroBatchShape
@@ -82,10 +84,10 @@ class Workload:
 def plan_work(config: RunConfig, data: Data) -> Workload:
     """Return what a run computes, from its first epoch's micro-batches and from the sets that are evaluated."""
     train, settings = data.train.first, config.evaluation
-    batch_sampler = build_batch_sampler(config, config.runtime.world_size)
+    batch_sampler = build_batch_sampler(config, data.train, config.runtime.world_size)
     num_steps, per_epoch = plan_steps(config, data.train, batch_sampler)
-    micro_batches = batch_sampler.micro_batches(train.lengths, [config.seed, 0])
-    shapes = shapes_of(train, micro_batches, is_packed=config.data.batching is Batching.packed)
+    micro_batches = batch_sampler.micro_batches_of(train, [config.seed, 0])
+    shapes = shapes_of(train, micro_batches, is_packed=batch_sampler.batching is Batching.packed)
     times = num_times(settings.eval_steps, num_steps, per_epoch)
     evaluations = [_evaluation(rows, config, times) for rows in data.validation.values()]
     evaluations += [_evaluation(rows, config, 1) for rows in data.test.values()]
@@ -132,8 +134,8 @@ def mean_shape(shapes: Sequence[MicroBatchShape]) -> MicroBatchShape:
 def _evaluation(rows: EncodedSet, config: RunConfig, times: int) -> Evaluation:
     """Return what is evaluated of a set, rows of similar length together."""
     count, size = min(len(rows), config.evaluation.max_samples or len(rows)), config.training.per_device_eval_batch_size
-    order = sorted(range(count), key=rows.lengths.tolist().__getitem__)
-    batches = [[[row] for row in order[start : start + size]] for start in range(0, count, size)]
+    lengths = np.stack([rows.lengths[:count], rows.target_lengths[:count]])
+    batches = [[[row] for row in batch] for batch in similar_batches(lengths, size)]
     return Evaluation(rows, batches, shapes_of(rows, batches, is_packed=False), times)
 
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from src.config.frozen import read_starts
+from src.config.frozen import PROVENANCE, read_starts
 from src.errors import DamagedFileError
 from src.records import read_json
 from src.reporting.runs import Run, read_run
 from src.tracking.step_logs import METRICS, SAMPLES, read_step_log
 
-DATA_REPORT, PROVENANCE = "data_report.json", "provenance.json"
+DATA_REPORT = "data_report.json"
 EVALUATION = "evaluations/evaluation.json"
 EVALUATION_KEYS = dict.fromkeys(("metrics", "comparisons"), dict)
 Read = TypeVar("Read")

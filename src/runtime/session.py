@@ -25,6 +25,7 @@ from src.config.schema import Device, MixedPrecision, RuntimeConfig
 from src.errors import Interrupted, TowlineError
 from src.runtime.allocation import keep_freed_memory, resident_bytes
 from src.runtime.launch import place_of
+from src.runtime.precision import choose_precision
 from src.runtime.sharding import Replicated, Sharded, forget_groups, zero_environment
 from src.runtime.signals import StopRequest
 
@@ -252,6 +253,8 @@ def start_runtime(
     device or the precision is not available.
     """
     use_cpu = config.device is Device.cpu or not torch.cuda.is_available()
+    if mixed_precision is MixedPrecision.auto:  # of a run whose own choice is not known
+        mixed_precision = choose_precision(torch.device("cpu" if use_cpu else "cuda"))
     if config.device is Device.cuda and use_cpu:
         raise TowlineError("runtime.device = cuda, but torch finds no CUDA device here; use auto or cpu")
     if mixed_precision is MixedPrecision.fp16 and use_cpu:

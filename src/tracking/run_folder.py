@@ -21,7 +21,7 @@ import yaml
 
 from src import secrets
 from src.config import trust
-from src.config.frozen import CONFIG, STARTS, STATUS, read_starts, read_status
+from src.config.frozen import CONFIG, PROVENANCE, STARTS, STATUS, read_starts, read_status
 from src.config.places import CHECKPOINTS, remove_tree
 from src.errors import DamagedFileError, Interrupted, Pruned, RunFolderError, report
 from src.records import Digest, damaged, file_digest
@@ -30,7 +30,7 @@ from src.tracking.own_files import RESULTS, remove_report, remove_results
 from src.tracking.step_logs import METRICS, STEP_LOGS, LogDigest, compare_logs, read_step_log
 from src.util import finite, sync, write_atomically, write_json
 
-PROVENANCE, DATA_REPORT, SUMMARY = "provenance.json", "data_report.json", "summary.json"
+DATA_REPORT, SUMMARY = "data_report.json", "summary.json"
 FOLDERS = (CHECKPOINTS, "model", *RESULTS, "tensorboard", "wandb", "profile")
 FILES = (
     *(CONFIG, "deepspeed.json", STARTS, STATUS, *STEP_LOGS),

@@ -9,6 +9,7 @@ from typing import Any
 from src.checkpoint.exported import base_digests, check_exported, init_from_folder, with_init_from_model
 from src.checkpoint.locate import newest_weights
 from src.checkpoint.store import read_snapshot
+from src.config.frozen import PRECISION, PROVENANCE
 from src.config.gate import parse_stored
 from src.config.job import Job
 from src.config.options import PROJECT_ROOT
@@ -16,7 +17,7 @@ from src.config.schema import RunConfig, Weights
 from src.data.advice import Level, about_schedule, advice
 from src.data.dataset import Data, Prompts, file_hashes
 from src.data.tokenizer import load_tokenizer
-from src.errors import CheckpointError, ModelError
+from src.errors import CheckpointError, ModelError, TowlineError
 from src.model.adapters import Adapter, add_adapter, load_adapter
 from src.model.build import build_model, set_generation, with_zero_sizes
 from src.model.embeddings import InitialisedRows, TokenMonitor, reread_rows, resize_and_initialise
@@ -24,6 +25,7 @@ from src.model.merging import merge, probe_ids
 from src.model.untrained import untrained_tokens
 from src.progress import Progress
 from src.runtime.launch import num_processes
+from src.runtime.precision import with_precision
 from src.runtime.products import bf16_warnings
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.sharding import deepspeed_settings
@@ -40,13 +42,20 @@ from src.training.state import TrainState
 def start_session(job: Job, found: ResumePoint, stop: StopRequest) -> Iterator[tuple[Runtime, Job, ResumePoint]]:
     """Start computing; yield the runtime, and the first process's job and resume point, which count in all of them.
 
-    TowlineError says that the device or the precision is not available.
+    TowlineError says that the device or the precision is not available, or not the same on every process.
     """
-    config = job.config
+    config = with_precision(job.config, {**job.chosen, **found.chosen}.get("training.mixed_precision"))
+    precision = config.training.mixed_precision
     settings = deepspeed_settings(with_zero_sizes(config), num_processes())
-    with start_runtime(config.runtime, config.training.mixed_precision, config.seed, stop, settings) as runtime:
+    with start_runtime(config.runtime, precision, config.seed, stop, settings) as runtime:
         frozen, run_dir, found = runtime.from_main((job.frozen, job.run_dir, found))
-        config = with_init_from_model(config if frozen is job.frozen else parse_stored(frozen))
+        if len(found_here := set(runtime.gather(precision.value))) > 1:
+            raise TowlineError(
+                f"training.mixed_precision=auto is {' and '.join(sorted(found_here))} on different processes' devices: "
+                "give training.mixed_precision=no or bf16"
+            )
+        config = config if frozen is job.frozen else with_precision(parse_stored(frozen), precision.value)
+        config = with_init_from_model(config)
         with nullcontext() if config.data.cache_dir is not None else runtime.shared_folder() as folder:
             if folder is not None:
                 config = replace(config, data=replace(config.data, cache_dir=str(folder)))
@@ -56,7 +65,8 @@ def start_session(job: Job, found: ResumePoint, stop: StopRequest) -> Iterator[t
 def record_provenance(tracker: Tracker, job: Job, runtime: Runtime) -> dict[str, Any]:
     """Write the run's provenance and DeepSpeed's settings into its folder; return the provenance."""
     content = provenance(job.frozen, file_hashes(job.config.data), runtime.description, PROJECT_ROOT)
-    tracker.write_file("provenance.json", content, once=True)
+    content[PRECISION] = job.config.training.mixed_precision.value
+    tracker.write_file(PROVENANCE, content, once=True)
     if (settings := deepspeed_settings(with_zero_sizes(job.config), runtime.num_processes)) is not None:
         tracker.write_file("deepspeed.json", settings)
     return content

@@ -19,7 +19,12 @@ from src.config.job import Job
 from src.config.schema import CheckpointConfig, RunConfig
 from src.util import plural
 
-BATCH_KEYS = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
+BATCH_KEYS = tuple(
+    f"training.{name}"
+    for name in ("per_device_train_batch_size", "per_device_train_tokens", "gradient_accumulation_steps")
+)
+CHOSEN = ("data.batching", "training.mixed_precision")
+"""Keys whose `auto` is chosen where a run begins, and holds from then on."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +64,14 @@ class ResumePoint:
         return {"epoch": position["epoch"], "num_sequences": 0, "block": None} if self.repeats_epoch else position
 
     @property
-    def start(self) -> tuple[int | None, Mapping[str, Any] | None]:
-        """After which step and from which position training begins."""
-        return self.step, self.position
+    def chosen(self) -> Mapping[str, str]:
+        """What keys that may be `auto` were before, and are from then on; empty where the run begins anew."""
+        return {} if self.checkpoint is None else _chosen_of(self.state)
+
+    @property
+    def start(self) -> tuple[int | None, Mapping[str, Any] | None, str | None]:
+        """After which step, from which position and with which batching training begins."""
+        return self.step, self.position, self.chosen.get("data.batching")
 
     @property
     def untrained(self) -> Sequence[str]:
@@ -82,7 +92,7 @@ class ResumePoint:
         if self.checkpoint is None:
             return job
         before, training = self.state["facts"], job.config.training
-        size = training.per_device_train_batch_size * num_processes
+        size = (training.per_device_train_tokens or training.per_device_train_batch_size) * num_processes
         batch_keys_unchanged = not any(change.key in BATCH_KEYS for change in self.changes)
         accumulation, remainder = divmod(before["step_sequences"], size)
         if not batch_keys_unchanged or remainder or accumulation == training.gradient_accumulation_steps:
@@ -115,7 +125,9 @@ class ResumePoint:
         check_changes(changes, allow_changed=job.config.checkpoint.allow_changed, checkpoint=str(self.checkpoint))
         position = self.state["position"]
         was_begun = position["num_sequences"] > 0 or bool(position["block"] and position["block"]["num_blocks"])
-        return replace(self, repeats_epoch=was_begun and compatibility.is_reordered(changes, job.frozen))
+        return replace(
+            self, repeats_epoch=was_begun and compatibility.is_reordered(changes, with_chosen(job.frozen, self.chosen))
+        )
 
     def restore(self, state: Any, fingerprint: Fingerprint, runtime: Any, config: RunConfig) -> list[str]:
         """Restore weights, optimizer, counters and generators as they were at the checkpoint; return warnings.
@@ -164,10 +176,30 @@ def find_resume_point(
     if checkpoint is None:
         return ResumePoint()
     state = read_state(checkpoint)
-    changes = compatibility.compare_configs(state["config"], frozen)
+    before, now = (with_chosen(one, _chosen_of(state)) for one in (state["config"], frozen))
+    changes = compatibility.compare_configs(before, now)
     warnings = check_changes(changes, allow_changed=config.allow_changed, checkpoint=str(checkpoint))
     num_steps = read_status(run_dir).get("num_steps") if is_own else None
     return ResumePoint(checkpoint, state, changes, [*skipped, *warnings], is_own, num_steps)
+
+
+def _chosen_of(state: Mapping[str, Any]) -> dict[str, str]:
+    """Return what CHOSEN mean in a checkpoint; one of a version without `auto` says so in its configuration."""
+    found = dict(state.get("chosen", {}))
+    for key in CHOSEN:
+        section, name = key.split(".")
+        found.setdefault(key, state["config"][section][name])
+    return found
+
+
+def with_chosen(frozen: Mapping[str, Any], chosen: Mapping[str, str]) -> Mapping[str, Any]:
+    """Return a frozen configuration in which keys that are `auto` are what was chosen."""
+    settled = dict(frozen)
+    for key, value in chosen.items():
+        section, name = key.split(".")
+        if settled[section][name] == "auto":
+            settled[section] = {**settled[section], name: value}
+    return settled
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

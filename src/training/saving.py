@@ -27,7 +27,7 @@ from src.tracking.tracker import Tracker
 from src.training.assembly import Assembled
 from src.training.early_stopping import EarlyStopping
 from src.training.loop import Step
-from src.training.resume import ResumePoint, tokenizer_hash
+from src.training.resume import CHOSEN, ResumePoint, tokenizer_hash, with_chosen
 from src.training.state import TrainState
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "numpy")
@@ -49,11 +49,17 @@ def fingerprint_of(state: TrainState, data: Data, tokenizer: Any, runtime: Runti
         frozen_weights=tensors_digest(frozen) if frozen else None,
         device=runtime.device.type,
         num_processes=runtime.num_processes,
-        step_sequences=state.batch_sampler.batch_size * state.batch_sampler.micro_batches_per_step,
+        step_sequences=state.batch_sampler.step_size,
         versions={name: metadata.version(name) for name in PACKAGES} | plugins.versions(config.plugins),
         architecture=hashlib.sha256(json.dumps(architecture, sort_keys=True, default=str).encode()).hexdigest()[:32],
         validation=data.validation_digest(config.evaluation.max_samples),
     )
+
+
+def _chosen(config: RunConfig, state: TrainState) -> dict[str, str]:
+    """Return what CHOSEN mean in this run, whether they are `auto` or not."""
+    values = (state.batch_sampler.batching, config.training.mixed_precision)
+    return {key: value.value for key, value in zip(CHOSEN, values, strict=True)}
 
 
 @dataclass
@@ -165,6 +171,7 @@ def open_saver(
         written = written_weights(resume.own_state)
         tracker.warn(*checkpoints.load_index(comparable.values(), resume.own_step, written))
         extra = {"config": job.frozen, "comparable_from": comparable_from, "untrained": list(untrained)}
+        extra["chosen"] = _chosen(job.config, state)
         stopping = EarlyStopping(config, (line for line in lines if line["step"] >= comparable_from))
         saver = Saver(checkpoints, state, config, fingerprint, extra, runtime, tracker, lines, stopping)
         runtime.wait()
@@ -193,8 +200,9 @@ def export_trained(
     if job.config.data.streaming:
         tracker.write_file("data_report.json", data.report())  # what was read is known only now
     of_run = (data.report(), tracker.latest, provenance, built.new_tokens.ids)
-    card = model_card(job.frozen, *of_run)
-    adapter_card = model_card(job.frozen | {"export": {"merge": False}}, *of_run)
+    frozen = dict(with_chosen(job.frozen, _chosen(job.config, state)))
+    card = model_card(frozen, *of_run)
+    adapter_card = model_card(frozen | {"export": {"merge": False}}, *of_run)
     gather_on_cpu(state.model, keeps=runtime.is_main)
     if not runtime.is_main:
         return None

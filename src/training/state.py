@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from src.checkpoint.locate import LEAST_SHARE
 from src.checkpoint.store import AnySnapshot, Snapshot
 from src.config.schema import Attention, Batching, RunConfig, TrainingConfig
-from src.data.batching import BatchSampler, Position, steps_per_epoch
+from src.data.batching import BatchSampler, Position, choose_batching, steps_per_epoch
 from src.data.dataset import TrainSet
 from src.data.encoding import PARTS
 from src.data.sets import EncodedSet
@@ -265,15 +265,25 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def build_batch_sampler(config: RunConfig, num_processes: int = 1) -> BatchSampler:
-    """Return how rows become micro-batches, by the configuration; a step takes those of all processes."""
-    training = config.training
-    return BatchSampler(
-        config.data.batching,
+def build_batch_sampler(
+    config: RunConfig, train: TrainSet, num_processes: int = 1, chosen: str | None = None
+) -> BatchSampler:
+    """Return how rows become micro-batches, by the configuration; a step takes those of all processes.
+
+    `chosen` is what data.batching=auto was before, where the run resumes; else it is chosen by the rows, of a stream by
+    its first block.
+    """
+    training, batching = config.training, config.data.batching
+    if batching is Batching.auto and chosen is not None:
+        batching = Batching(chosen)
+    sampler = BatchSampler(
+        batching,
         training.per_device_train_batch_size,
         training.gradient_accumulation_steps * num_processes,
         config.data.max_seq_length,
+        training.per_device_train_tokens,
     )
+    return choose_batching(train.first, sampler, config.seed) if batching is Batching.auto else sampler
 
 
 def plan_steps(
@@ -281,12 +291,12 @@ def plan_steps(
 ) -> tuple[int, int | None]:
     """Return the number of steps of the whole run, which resumes after a step, and that of an epoch, if all are alike.
 
-    Epochs differ where rows that are packed do.
+    Epochs differ where rows that are packed do, and where micro-batches hold as many rows as fit.
     """
     begin = begin or Position()
     if not isinstance(train, EncodedSet):
         return num_train_steps(config.training, None), None
-    if train.varies and config.data.batching is Batching.packed:
+    if sampler.counts_tokens or (train.varies and sampler.batching is Batching.packed):
         if config.training.max_train_steps:
             return config.training.max_train_steps, None
         return _steps_of_epochs(config, train, sampler, step, begin), None
@@ -341,6 +351,7 @@ def build_train_state(
     new_tokens: Mapping[str, int] = MappingProxyType({}),
     step: int | None = None,
     position: Mapping[str, Any] | None = None,
+    batching: str | None = None,
 ) -> TrainState:
     """Move everything to the device, wrap it, and choose how the head is computed.
 
@@ -348,9 +359,10 @@ def build_train_state(
 
     Args:
         new_tokens: the configuration's tokens and their ids, to be watched.
-        step, position: after which step the run resumes, and where in its rows; all else is restored later.
+        step, position, batching: after which step the run resumes, where in its rows, and how they became batches; all
+            else is restored later.
     """
-    batch_sampler = build_batch_sampler(config, runtime.num_processes)
+    batch_sampler = build_batch_sampler(config, train, runtime.num_processes, batching)
     begin = Position() if position is None else Position(**position)
     num_steps, per_epoch = plan_steps(config, train, batch_sampler, step or 0, begin)
     if runtime.scales_gradients and any(p.dtype != torch.float32 for p in model.parameters() if p.requires_grad):
@@ -360,7 +372,7 @@ def build_train_state(
     loss_model = ModelWithLoss(model, config.loss).to(runtime.device)
     if runtime.device.type == "cpu":
         keep_freed_memory(sum(p.nbytes for p in model.parameters()))
-    is_packed = config.data.batching is Batching.packed
+    is_packed = batch_sampler.batching is Batching.packed
     is_padding_free = is_packed and config.model.attn_implementation is Attention.flash_attention_2
     optimizer = build_optimizer(config.optimizer, loss_model.parameters(), embedding_parameters(model))
     schedule = build_schedule(config.scheduler, optimizer, num_steps)

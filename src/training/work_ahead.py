@@ -60,11 +60,11 @@ class WorkAhead:
 def work_ahead(config: RunConfig, data: Data, state: TrainState) -> WorkAhead:
     """Return what a run does besides its steps."""
     settings, most = config.evaluation, config.evaluation.max_samples
-    rows_per_step, in_all = (
-        float(state.batch_sampler.batch_size * state.batch_sampler.micro_batches_per_step),
-        data.num_train_rows,
-    )
-    if state.steps_per_epoch is not None and in_all is not None:  # rows that are packed are more than sequences
+    sampler, in_all = state.batch_sampler, data.num_train_rows
+    rows_per_step = float(sampler.size * sampler.micro_batches_per_step)
+    if sampler.counts_tokens:
+        rows_per_step = sampler.step_size / max(1.0, data.train.first.lengths.mean())
+    elif state.steps_per_epoch is not None and in_all is not None:  # rows that are packed are more than sequences
         rows_per_step = max(rows_per_step, in_all / state.steps_per_epoch)
 
     def batches(num_texts: int) -> int:

@@ -23,12 +23,21 @@ def streaming_can_work(data: schema.DataConfig, training: schema.TrainingConfig)
             yield Problem(f"data.mixture.{name}", "a streamed source needs a weight or a count", given)
 
 
+@applies_to("run")
+def budgets_hold_a_row(data: schema.DataConfig, training: schema.TrainingConfig, model: schema.ModelConfig) -> Problems:
+    budget, longest = training.per_device_train_tokens, data.max_seq_length
+    has_target = model.type is schema.ModelType.encoder_decoder
+    if budget is not None and budget < (longest := longest + has_target * data.max_target_length):
+        keys = "data.max_seq_length + data.max_target_length" if has_target else "data.max_seq_length"
+        yield Problem("training.per_device_train_tokens", f"at least {keys}, so that a row fits: {longest:,}", budget)
+
+
 @applies_to("run", *READING_ROWS)
 def encoder_decoders_take_pairs(data: schema.DataConfig, model: schema.ModelConfig) -> Problems:
     if model.type is not schema.ModelType.encoder_decoder:
         return
     if data.batching is schema.Batching.packed:
-        yield Problem("data.batching", "an encoder-decoder takes padded or length_grouped", "packed")
+        yield Problem("data.batching", "an encoder-decoder takes padded or length_grouped (or auto)", "packed")
     for key, source in sources(data):
         if source.format == "text":
             yield Problem(f"{key}.format", "an encoder-decoder needs something to read: a format with a prompt", "text")

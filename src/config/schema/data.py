@@ -17,7 +17,7 @@ SupervisedTurns = StrEnum("SupervisedTurns", "all last")
 Thoughts = StrEnum("Thoughts", "keep drop")
 Malformed = StrEnum("Malformed", "error drop keep")
 Overflow = StrEnum("Overflow", "truncate truncate_prompt drop error")
-Batching = StrEnum("Batching", "padded length_grouped packed")
+Batching = StrEnum("Batching", "auto padded length_grouped packed")
 Side = StrEnum("Side", "left right")
 
 

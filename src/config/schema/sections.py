@@ -14,7 +14,7 @@ from src.config.schema.fields import AT_START, BY_OUTCOME, GENERATING, READING_R
 from src.config.schema.scheduler import SCHEDULES
 from src.metrics import greater_is_better
 
-MixedPrecision = StrEnum("MixedPrecision", "no bf16 fp16")
+MixedPrecision = StrEnum("MixedPrecision", "no bf16 fp16 auto")
 Reduction = StrEnum("Reduction", "mean sum")
 Device = StrEnum("Device", "auto cpu cuda")
 
@@ -67,13 +67,21 @@ def _has_end(config: DottedConfig) -> bool:
     )
 
 
+def _has_token_budget(config: DottedConfig) -> bool:
+    return config.get("training.per_device_train_tokens") is not None
+
+
 def _impact_of_batch(key: str, before: DottedConfig, now: DottedConfig) -> Verdict:
     """Return the impact of another division of a step's rows: the same rows in other micro-batches are the same step.
 
-    Grouping by length and the ends of streamed blocks go by micro-batches, so they change the rows of a step.
+    Grouping by length, budgets of tokens and the ends of streamed blocks go by micro-batches, so they change the rows
+    of a step.
     """
     first, second = (math.prod(one.get(size, 1) for size in ROWS_OF_A_STEP) for one in (before, now))
-    is_cut_freely = not any(is_grouped_by_length(one) or one.get("data.streaming") for one in (before, now))
+    if key == ROWS_OF_A_STEP[0] and _has_token_budget(before) and _has_token_budget(now):
+        return Impact.harmless, ""
+    goes_by_batches = (is_grouped_by_length, _has_token_budget, lambda one: one.get("data.streaming"))
+    is_cut_freely = not any(rule(one) for rule in goes_by_batches for one in (before, now))
     if is_cut_freely and first == second:
         return Impact.rounding, "the same rows a step, in other micro-batches"
     return Impact.trajectory, "a step takes different rows"
@@ -86,9 +94,16 @@ class TrainingConfig:
     num_train_epochs: float = key(POSITIVE, resume=_impact_of_length)
     max_train_steps: int | None = key(AT_LEAST_ONE, resume=_impact_of_length)
     max_seconds: float | None = key(POSITIVE, resume=Impact.harmless)
-    per_device_train_batch_size: int = key(AT_LEAST_ONE, resume=_impact_of_batch, reorders=is_grouped_by_length)
+    per_device_train_batch_size: int = key(
+        AT_LEAST_ONE,
+        resume=_impact_of_batch,
+        reorders=lambda config: is_grouped_by_length(config) and not _has_token_budget(config),
+    )
     per_device_eval_batch_size: int = key(AT_LEAST_ONE, resume=Impact.harmless, read_by=GENERATING)
     gradient_accumulation_steps: int = key(AT_LEAST_ONE, resume=_impact_of_batch)
+    per_device_train_tokens: int | None = key(
+        AT_LEAST_ONE, None, resume=_impact_of_batch, reorders=is_grouped_by_length
+    )
     max_grad_norm: float | None = key(checks.WEIGHT, why="other updates")
     mixed_precision: MixedPrecision = key(why="computes in another precision", read_by=GENERATING)
     logging_steps: int = key(AT_LEAST_ONE, resume=Impact.harmless)
