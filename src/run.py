@@ -40,7 +40,7 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
 
         tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
         data = build_data(config, tokenizer, tracker.console.working)  # counts what it kept, truncated and dropped
-        resume = resume.checked(data, tokenizer, job)  # other rows or ids are refused before any weight is read
+        resume = resume.checked(data, tokenizer, job, runtime.num_processes)  # refused before any weight is read
         tracker.write_file("data_report.json", data.report())
         built = assemble_model(config, tokenizer, new_tokens, data, runtime, tracker.console)  # resized, with adapter
         state = build_train_state(built.model, data.train, config, runtime, new_tokens.ids, *resume.start)

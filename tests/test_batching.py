@@ -120,6 +120,20 @@ def test_order_follows_seed_and_epoch(rows: EncodedSet, batching: Batching) -> N
     assert again == orders
 
 
+@pytest.mark.parametrize("batching", WAYS[:2])
+def test_a_step_has_the_same_rows_however_it_is_cut(rows: EncodedSet, batching: Batching) -> None:
+    found = []
+    for size, per_step in ((12, 1), (6, 2), (4, 3), (1, 12)):
+        steps = epochs(rows, BatchSampler(batching, size, per_step, 64), 5, 2)
+        found.append([[order_of([window]) for window in epoch] for epoch in steps])
+        widths = [
+            [max(rows.lengths[one[0]] for one in batch) for _, batch in window.micro_batches] for window in steps[0]
+        ]
+        if batching is Batching.length_grouped:  # what processes compute at once is of about one length
+            assert all(of_step == sorted(of_step) for of_step in widths)
+    assert found[0] == found[1] == found[2] == found[3]
+
+
 @pytest.mark.parametrize("batching", [Batching.padded, Batching.length_grouped])
 @pytest.mark.parametrize(("budget", "accumulation"), [(48, 1), (49, 4), (128, 2), (10_000, 1)])
 def test_a_budget_holds_as_many_rows_as_fit(
@@ -211,7 +225,11 @@ def test_rows_are_grouped_where_that_saves_enough(rows: EncodedSet) -> None:
     assert len(alike) > 1
     for few in (alike, rows.select([0]), rows.select([])):
         assert choose_batching(few, plan, 7) == replace(plan, batching=Batching.padded)
-    assert choose_batching(rows, replace(plan, batch_size=1), 7).batching is Batching.padded  # nothing is padded
+    assert choose_batching(rows, BatchSampler(Batching.auto, 1, 1, 64), 7).batching is Batching.padded
+    for size, per_step in ((8, 1), (2, 4), (1, 8)):  # of the last nothing is padded, and a step has the same rows
+        chosen = choose_batching(rows, BatchSampler(Batching.auto, size, per_step, 64), 7)
+        assert chosen.batching is Batching.length_grouped
+        assert (chosen.saved_share == 0) is (size == 1)
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.049, Batching.padded), (0.051, Batching.length_grouped)])
@@ -290,7 +308,7 @@ def test_padded_rows_stand_side_by_side(rows: EncodedSet) -> None:
     for i, row in enumerate((3, 0)):
         assert batch.input_ids[i].tolist() == [*rows[row].input_ids, *[PAD] * (max(lengths) - lengths[i])]
         assert batch.labels[i].tolist() == [*rows[row].labels, *[IGNORE_INDEX] * (max(lengths) - lengths[i])]
-    assert set(batch.inputs()) == {"input_ids", "labels"}
+    assert set(batch.inputs()) == {"input_ids", "labels", "label_positions"}
 
 
 def test_packed_rows_count_their_positions_anew_and_so_does_padding(rows: EncodedSet) -> None:
@@ -305,7 +323,7 @@ def test_packed_rows_count_their_positions_anew_and_so_does_padding(rows: Encode
     assert batch.input_ids[0].tolist() == [*rows[3].input_ids, *rows[0].input_ids, *[PAD] * (longest - first - second)]
     assert batch.rows == [3, 0, 1]
     assert batch.num_tokens == first + second + alone
-    assert set(batch.inputs()) == {"input_ids", "labels", "position_ids"}
+    assert set(batch.inputs()) == {"input_ids", "labels", "position_ids", "label_positions"}
 
 
 def test_the_flat_form_has_no_padding_and_the_bounds_of_rows(rows: EncodedSet) -> None:
@@ -377,7 +395,8 @@ def row_losses(
             labels = torch.full_like(batch.labels, IGNORE_INDEX)
             labels[i, start:stop] = batch.labels[i, start:stop]
             with torch.no_grad():
-                losses[row] = float(loss_model(**(batch.inputs() | {"labels": labels})).objective)
+                fed = batch.inputs() | {"labels": labels, "label_positions": None}
+                losses[row] = float(loss_model(**fed).objective)
             start = stop
     return losses
 
@@ -546,7 +565,7 @@ def test_inputs_and_targets_are_padded_each_to_its_longest(tmp_path: Path) -> No
     assert batch.labels[0].tolist() == [-100, *tokenizer("x")["input_ids"][1:], 2, -100, -100]
     assert batch.labels[1].tolist() == [-100, *tokenizer("xyz")["input_ids"][1:], 2]
     assert (batch.num_supervised, batch.num_tokens) == (6, 4 + 3 + 2 + 5)
-    assert set(batch.inputs()) == {"input_ids", "labels", "attention_mask", "target_ids"}
+    assert set(batch.inputs()) == {"input_ids", "labels", "attention_mask", "target_ids", "label_positions"}
 
 
 def expected_loss(model: Any, rows: EncodedSet, row: int) -> float:

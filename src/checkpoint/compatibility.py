@@ -14,6 +14,7 @@ from typing import Any, Self
 from src.config.frozen import add_later_keys
 from src.config.keys import all_keys, known_keys
 from src.config.quoting import shell_override
+from src.config.schema.data import is_grouped_by_length
 from src.config.schema.fields import DottedConfig, Impact, Verdict
 from src.errors import ConfigError
 from src.util import plural
@@ -239,4 +240,5 @@ def is_reordered(changes: Sequence[Change], now: Mapping[str, Any]) -> bool:
     """
     flat, keys = dict(_flat(now)), {change.key for change in changes}
     reorders = [all_keys()[key].info.reorders for key in keys & all_keys().keys()]
-    return "data" in keys or any(one if isinstance(one, bool) else one(flat) for one in reorders)
+    regroups = "step_sequences" in keys and is_grouped_by_length(flat)
+    return "data" in keys or regroups or any(one if isinstance(one, bool) else one(flat) for one in reorders)

@@ -17,7 +17,7 @@ from src.data.sets import EncodedSet, LabelledRow
 from src.data.stream import StreamedSet
 from src.errors import DataError
 
-GROUP_BATCHES = 50  # batches whose rows are sorted by length together, for Batching.length_grouped
+GROUP_STEPS = 50  # steps whose rows are sorted by length together, for Batching.length_grouped
 LEAST_SAVING = 0.05  # share of the positions that Batching.auto must save by grouping
 Sequences = list[list[int]]  # rows of a micro-batch by sequence: one row in each, or several where they are packed
 
@@ -31,6 +31,7 @@ class Batch:
     `attention_mask` [batch, seq] masks padding of the input, and `target_ids` and labels are [batch, target].
     `parts`, of the labels' shape, numbers the part of each label (see PARTS); None where no row has a thought.
     `row_weights`, of the same shape, is the weight of each label's row in the loss; None where all weigh 1.
+    `label_positions` [supervised] are where labels are supervised, see positions_of_labels.
     `part_counts` [parts] are the supervised tokens of each part, `part_weights` [parts] the sums of their rows'
     weights. `bounds` are the rows', for FlashAttention's padding-free form: see row_bounds.
     """
@@ -46,6 +47,7 @@ class Batch:
     target_ids: Tensor | None = None
     parts: Tensor | None = None
     row_weights: Tensor | None = None
+    label_positions: Tensor | None = None
     bounds: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -54,11 +56,18 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with its tensors on a device, copied without waiting where the memory is pinned."""
-        moved, bounds = (
-            {name: tensor.to(device, non_blocking=True) for name, tensor in _tensors(values).items()}
-            for values in (vars(self), self.bounds)
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """Return the batch in memory that a GPU can copy from while the processor goes on."""
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        fields, bounds = (
+            {name: change(tensor) for name, tensor in _tensors(values).items()} for values in (vars(self), self.bounds)
         )
-        return replace(self, **moved, bounds=self.bounds | bounds)
+        changed: dict[str, Any] = {**fields, "bounds": self.bounds | bounds}
+        return replace(self, **changed)
 
     def inputs(self) -> dict[str, Any]:
         """Return the keyword arguments of a ModelWithLoss."""
@@ -123,28 +132,31 @@ class BatchSampler:
         return size * self.micro_batches_per_step
 
     def _sequences(self, lengths: np.ndarray, rng: np.random.Generator) -> Sequences:
-        """Put every row into exactly one sequence; only the order of length-grouped ones depends on the batch size."""
+        """Put every row into exactly one sequence; the order of length-grouped ones depends on how many a step has."""
         order = rng.permutation(len(lengths))
         if self.batching is Batching.packed:
             packed = [[int(order[i]) for i in rows] for rows in pack(lengths[order], self.max_tokens)]
             return [packed[i] for i in rng.permutation(len(packed))]
         if self.batching is Batching.length_grouped:
-            order = _grouped(lengths, order, self.batch_size, rng)
+            order = _grouped(lengths, order, self.batch_size * self.micro_batches_per_step, rng)
         return [[row] for row in order.tolist()]
 
     def _within_budget(
         self, lengths: np.ndarray, target_lengths: np.ndarray | None, rng: np.random.Generator
     ) -> list[Sequences]:
-        """Fill each micro-batch with rows up to the budget; those of similar length are shuffled as micro-batches."""
+        """Fill each micro-batch with rows up to the budget; those of similar length are shuffled as steps."""
         assert self.token_budget is not None
         each = np.stack([lengths, np.zeros_like(lengths) if target_lengths is None else target_lengths])
         order = rng.permutation(len(lengths))
         if self.batching is Batching.padded:
             return _filled(each, order, self.token_budget)
         mean = max(1.0, float(each.sum()) / max(1, len(lengths)))
-        size = max(1, int(self.token_budget * GROUP_BATCHES / mean))
-        filled = _filled(each, _sorted_in_groups(lengths, order, size), self.token_budget)
-        return [filled[i] for i in rng.permutation(len(filled))]
+        rows_per_step = max(1, int(self.token_budget * self.micro_batches_per_step / mean))
+        grouped = _sorted_in_groups(lengths, order, rows_per_step * GROUP_STEPS)
+        filled, per_step = _filled(each, grouped, self.token_budget), self.micro_batches_per_step
+        steps = [filled[start : start + per_step] for start in range(0, len(filled) - per_step + 1, per_step)]
+        shuffled = [batch for i in rng.permutation(len(steps)) for batch in steps[i]]
+        return shuffled + filled[len(shuffled) :]
 
 
 @dataclass(frozen=True)
@@ -253,12 +265,15 @@ def pack(lengths: np.ndarray, max_tokens: int) -> list[list[int]]:
     return sequences
 
 
-def _grouped(lengths: np.ndarray, order: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
-    """Sort the rows by length within groups of some batches, then shuffle the batches; the short one stays last."""
-    grouped = _sorted_in_groups(lengths, order, batch_size * GROUP_BATCHES)
-    num_full = len(grouped) // batch_size
-    full = grouped[: num_full * batch_size].reshape(num_full, batch_size)
-    return np.concatenate([full[rng.permutation(num_full)].ravel(), grouped[num_full * batch_size :]])
+def _grouped(lengths: np.ndarray, order: np.ndarray, step_size: int, rng: np.random.Generator) -> np.ndarray:
+    """Sort the rows by length within groups of some steps, then shuffle the steps; the short one stays last.
+
+    A step has the same rows in however many micro-batches and processes, which have about as much to compute each.
+    """
+    grouped = _sorted_in_groups(lengths, order, step_size * GROUP_STEPS)
+    num_full = len(grouped) // step_size
+    full = grouped[: num_full * step_size].reshape(num_full, step_size)
+    return np.concatenate([full[rng.permutation(num_full)].ravel(), grouped[num_full * step_size :]])
 
 
 def _sorted_in_groups(lengths: np.ndarray, order: np.ndarray, size: int) -> np.ndarray:
@@ -320,13 +335,21 @@ def num_positions(rows: EncodedSet, sampler: BatchSampler, seed: int) -> int:
 def choose_batching(rows: EncodedSet, sampler: BatchSampler, seed: int) -> BatchSampler:
     """Return a sampler as the given one that groups rows by length where that saves enough positions, else pads them.
 
-    It depends on the lengths and the seed only, so that all processes choose alike.
+    Without a budget of tokens, the positions are those of whole steps in one micro-batch: a step has the same rows
+    however it is cut, into micro-batches and over processes.
     """
-    padded, grouped = (replace(sampler, batching=one) for one in (Batching.padded, Batching.length_grouped))
-    if not len(rows):
-        return padded
-    saved = 1 - num_positions(rows, grouped, seed) / num_positions(rows, padded, seed)
-    return replace(grouped, saved_share=saved) if saved >= LEAST_SAVING else padded
+    step_size = sampler.batch_size * sampler.micro_batches_per_step
+    whole = sampler if sampler.counts_tokens else replace(sampler, batch_size=step_size, micro_batches_per_step=1)
+    if not len(rows) or _saved_share(rows, whole, seed) < LEAST_SAVING:
+        return replace(sampler, batching=Batching.padded)
+    return replace(sampler, batching=Batching.length_grouped, saved_share=_saved_share(rows, sampler, seed))
+
+
+def _saved_share(rows: EncodedSet, sampler: BatchSampler, seed: int) -> float:
+    """Return the share of positions that grouping saves."""
+    each = (replace(sampler, batching=one) for one in (Batching.padded, Batching.length_grouped))
+    padded, grouped = (num_positions(rows, one, seed) for one in each)
+    return 1 - grouped / padded
 
 
 def about_choice(sampler: BatchSampler) -> str:
@@ -368,6 +391,7 @@ def collate(rows: LabelledRows, sequences: Sequences, pad_token_id: int, *, padd
         part_counts=counts,
         part_weights=counts,
         parts=parts if counts[1:].any() else None,
+        label_positions=positions_of_labels(labels, is_causal=not rows.is_encoder_decoder),
     )
     if any(row.weight != 1 for row in each):
         weights = padded(lambda row: np.full(len(row.labels), row.weight), 0, torch.double)
@@ -381,6 +405,17 @@ def collate(rows: LabelledRows, sequences: Sequences, pad_token_id: int, *, padd
     if padding_free:
         batch.bounds = row_bounds([len(row.input_ids) for row in each], batch.input_ids.device)
     return batch
+
+
+def positions_of_labels(labels: Tensor, *, is_causal: bool) -> Tensor:
+    """Return where labels [batch, seq] are supervised, as positions in them flattened, [supervised].
+
+    In a causal model nothing predicts the first token of a sequence.
+    """
+    is_supervised = labels != IGNORE_INDEX
+    if is_causal:
+        is_supervised[:, 0] = False
+    return is_supervised.flatten().nonzero().squeeze(1)
 
 
 def row_bounds(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:

@@ -30,7 +30,8 @@ class ModelWithLoss(nn.Module):
     """A model whose forward takes ids and labels [batch, seq] and returns the losses of the labels.
 
     An encoder-decoder also takes `target_ids` [batch, target], which its labels belong to. `parts` and `row_weights`,
-    of the labels' shape, are the part of each label and the weight of its row: see Batch.
+    of the labels' shape, are the part of each label and the weight of its row; `label_positions` [supervised] are where
+    labels are supervised: see Batch.
     """
 
     def __init__(self, model: Any, config: LossConfig = PLAIN) -> None:
@@ -54,20 +55,22 @@ class ModelWithLoss(nn.Module):
         target_ids: Tensor | None = None,
         parts: Tensor | None = None,
         row_weights: Tensor | None = None,
+        label_positions: Tensor | None = None,
         **inputs: Any,
     ) -> TokenLosses:
         inputs |= {"input_ids": input_ids, "use_cache": False}
         if target_ids is not None:
             inputs["decoder_input_ids"] = shifted(target_ids, self.model.config.decoder_start_token_id)
         is_causal = target_ids is None
+        of_labels = labels, parts, row_weights, label_positions
         if self.form is None or self.uses_full_logits:
             logits = self.model(**inputs).logits
-            chosen = supervised_positions(logits, labels, parts, row_weights, is_causal=is_causal)
+            chosen = supervised_positions(logits, *of_labels, is_causal=is_causal)
             return compute_losses(chosen, lambda logits: logits, logits.shape[-1], self.config)
         hidden = last_hidden_states(self.model, inputs)
         assert hidden is not None  # or the form would not be known
         head = self.model.get_output_embeddings()
-        chosen = supervised_positions(hidden, labels, parts, row_weights, is_causal=is_causal)
+        chosen = supervised_positions(hidden, *of_labels, is_causal=is_causal)
         with region("head"):
             if is_fused(head):
                 scale = self.form.before * self.form.after

@@ -4,12 +4,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import numpy as np
 import torch
 
 from src.config.schema import Reduction, RunConfig
-from src.data.batching import Batch, collate, windows
+from src.data.batching import Batch, Window, collate, windows
 from src.data.dataset import TrainSet
 from src.data.encoding import PARTS
 from src.data.sets import EncodedSet
@@ -17,6 +18,7 @@ from src.errors import NonFiniteLossError
 from src.runtime.profiling import region
 from src.runtime.session import Runtime
 from src.training.loss import objective_differs, step_objective, sum_of_weights
+from src.training.prefetch import one_ahead
 from src.training.state import StepResult, StepStats, TrainState
 from src.util import listed
 
@@ -88,14 +90,15 @@ def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime
     if state.last_step is not None and not state.is_last_step_complete:
         yield _last_step(state, config, runtime)
     coming = windows(rows, state.batch_sampler, config.seed, state.position)
+    collated = (
+        (window, _collated(window, state, runtime, pad_token_id))
+        for window in islice(coming, max(0, state.num_steps - state.step))
+    )
+    steps = one_ahead(collated)
     while state.step < state.num_steps:
+        started = time.perf_counter()
         with region("data"):
-            window = next(coming)
-            started = time.perf_counter()
-            batches = [
-                MicroBatch(block, collate(block, sequences, pad_token_id, padding_free=state.is_padding_free), is_real)
-                for (block, sequences), is_real in runtime.split(window.micro_batches)
-            ]
+            window, batches = next(steps)
         lr, grad_norm, is_save_asked = step_once(state, batches, config, runtime)
         seconds = time.perf_counter() - started
         state.stats.seconds += seconds
@@ -103,6 +106,15 @@ def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime
         state.position, state.rng = window.after, runtime.rng_state()
         state.last_step = StepResult(state.step, window.epoch, window.ends_epoch, lr, grad_norm)
         yield replace(_last_step(state, config, runtime), is_save_asked=is_save_asked, seconds=seconds)
+
+
+def _collated(window: Window, state: TrainState, runtime: Runtime, pad_token_id: int) -> list[MicroBatch]:
+    """Collate this process's micro-batches of a step."""
+    batches = []
+    for (rows, sequences), is_real in runtime.split(window.micro_batches):
+        batch = collate(rows, sequences, pad_token_id, padding_free=state.is_padding_free)
+        batches.append(MicroBatch(rows, batch.pinned() if runtime.device.type == "cuda" else batch, is_real))
+    return batches
 
 
 def _last_step(state: TrainState, config: RunConfig, runtime: Runtime) -> Step:

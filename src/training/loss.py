@@ -14,7 +14,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from src.config.schema import LossConfig, Reduction
-from src.data.encoding import AFTER_THOUGHT, ANSWER, IGNORE_INDEX, PARTS, THOUGHT, THOUGHT_CLOSE, THOUGHT_OPEN
+from src.data.batching import positions_of_labels
+from src.data.encoding import AFTER_THOUGHT, ANSWER, PARTS, THOUGHT, THOUGHT_CLOSE, THOUGHT_OPEN
 from src.metrics import PART_LOSSES
 from src.training.fused_loss import LinearHead, fused_losses
 
@@ -60,6 +61,7 @@ def supervised_positions(
     labels: Tensor,
     parts: Tensor | None = None,
     row_weights: Tensor | None = None,
+    positions: Tensor | None = None,
     *,
     is_causal: bool = True,
 ) -> Supervised:
@@ -69,15 +71,15 @@ def supervised_positions(
         hidden: states, [batch, seq, width].
         labels: ids, not shifted, [batch, seq]; IGNORE_INDEX is not supervised.
         parts, row_weights: of each label, [batch, seq].
+        positions: where the supervised labels are, see positions_of_labels; counting them here would wait for a GPU.
         is_causal: whether the state at position i predicts the label at i + 1, as in a causal model, or the one at i,
             as in a decoder whose input was shifted.
     """
-    if is_causal:
-        hidden, labels = hidden[:, :-1], labels[:, 1:]
-        parts, row_weights = (None if values is None else values[:, 1:] for values in (parts, row_weights))
-    chosen = labels != IGNORE_INDEX
-    of_chosen = (None if values is None else values[chosen] for values in (parts, row_weights))
-    return Supervised(hidden[chosen], labels[chosen], *of_chosen)
+    if positions is None:
+        positions = positions_of_labels(labels, is_causal=is_causal)
+    states = hidden.flatten(0, 1).index_select(0, positions - int(is_causal))
+    each = (None if one is None else one.flatten().index_select(0, positions) for one in (parts, row_weights))
+    return Supervised(states, labels.flatten().index_select(0, positions), *each)
 
 
 def token_losses(

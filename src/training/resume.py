@@ -92,7 +92,7 @@ class ResumePoint:
         if self.checkpoint is None:
             return job
         before, training = self.state["facts"], job.config.training
-        size = (training.per_device_train_tokens or training.per_device_train_batch_size) * num_processes
+        size = _size(job) * num_processes
         batch_keys_unchanged = not any(change.key in BATCH_KEYS for change in self.changes)
         accumulation, remainder = divmod(before["step_sequences"], size)
         if not batch_keys_unchanged or remainder or accumulation == training.gradient_accumulation_steps:
@@ -106,16 +106,20 @@ class ResumePoint:
         training = replace(training, gradient_accumulation_steps=accumulation)
         return replace(job, config=replace(job.config, training=training))
 
-    def checked(self, data: Any, tokenizer: Any, job: Job) -> Self:
-        """Compare the encoded rows and the tokens with the checkpoint's, before the model is loaded.
+    def checked(self, data: Any, tokenizer: Any, job: Job, num_processes: int) -> Self:
+        """Compare the encoded rows, the tokens and a step's size with the checkpoint's, before the model is loaded.
 
         Return the same checkpoint, and whether the epoch has to begin again. ConfigError names what changed too much.
         """
         if self.checkpoint is None:
             return self
-        before = Fingerprint.from_dict(self.state["facts"])
+        before, size = Fingerprint.from_dict(self.state["facts"]), _size(job)
         now = replace(
-            before, data=data.train.digest(), num_rows=data.num_train_rows, tokenizer=tokenizer_hash(tokenizer)
+            before,
+            data=data.train.digest(),
+            num_rows=data.num_train_rows,
+            tokenizer=tokenizer_hash(tokenizer),
+            step_sequences=size * job.config.training.gradient_accumulation_steps * num_processes,
         )
         named = ", ".join(change.key for change in self.changes if change.key.startswith("data."))
         changes = [
@@ -125,9 +129,10 @@ class ResumePoint:
         check_changes(changes, allow_changed=job.config.checkpoint.allow_changed, checkpoint=str(self.checkpoint))
         position = self.state["position"]
         was_begun = position["num_sequences"] > 0 or bool(position["block"] and position["block"]["num_blocks"])
-        return replace(
-            self, repeats_epoch=was_begun and compatibility.is_reordered(changes, with_chosen(job.frozen, self.chosen))
-        )
+        is_reordered = compatibility.is_reordered(changes, with_chosen(job.frozen, self.chosen))
+        # before there was Batching.auto, micro-batches of similar length were shuffled, not steps of them
+        is_regrouped = "chosen" not in self.state and self.chosen["data.batching"] == "length_grouped"
+        return replace(self, repeats_epoch=was_begun and (is_reordered or (is_regrouped and now.step_sequences > size)))
 
     def restore(self, state: Any, fingerprint: Fingerprint, runtime: Any, config: RunConfig) -> list[str]:
         """Restore weights, optimizer, counters and generators as they were at the checkpoint; return warnings.
@@ -181,6 +186,11 @@ def find_resume_point(
     warnings = check_changes(changes, allow_changed=config.allow_changed, checkpoint=str(checkpoint))
     num_steps = read_status(run_dir).get("num_steps") if is_own else None
     return ResumePoint(checkpoint, state, changes, [*skipped, *warnings], is_own, num_steps)
+
+
+def _size(job: Job) -> int:
+    """Return how many rows, or packs of rows, or positions, a micro-batch of a job has."""
+    return job.config.training.per_device_train_tokens or job.config.training.per_device_train_batch_size
 
 
 def _chosen_of(state: Mapping[str, Any]) -> dict[str, str]:

@@ -74,14 +74,12 @@ def _has_token_budget(config: DottedConfig) -> bool:
 def _impact_of_batch(key: str, before: DottedConfig, now: DottedConfig) -> Verdict:
     """Return the impact of another division of a step's rows: the same rows in other micro-batches are the same step.
 
-    Grouping by length, budgets of tokens and the ends of streamed blocks go by micro-batches, so they change the rows
-    of a step.
+    Budgets of tokens and the ends of streamed blocks go by micro-batches, so they change the rows of a step.
     """
     first, second = (math.prod(one.get(size, 1) for size in ROWS_OF_A_STEP) for one in (before, now))
     if key == ROWS_OF_A_STEP[0] and _has_token_budget(before) and _has_token_budget(now):
         return Impact.harmless, ""
-    goes_by_batches = (is_grouped_by_length, _has_token_budget, lambda one: one.get("data.streaming"))
-    is_cut_freely = not any(rule(one) for rule in goes_by_batches for one in (before, now))
+    is_cut_freely = not any(_has_token_budget(one) or one.get("data.streaming") for one in (before, now))
     if is_cut_freely and first == second:
         return Impact.rounding, "the same rows a step, in other micro-batches"
     return Impact.trajectory, "a step takes different rows"
@@ -94,11 +92,7 @@ class TrainingConfig:
     num_train_epochs: float = key(POSITIVE, resume=_impact_of_length)
     max_train_steps: int | None = key(AT_LEAST_ONE, resume=_impact_of_length)
     max_seconds: float | None = key(POSITIVE, resume=Impact.harmless)
-    per_device_train_batch_size: int = key(
-        AT_LEAST_ONE,
-        resume=_impact_of_batch,
-        reorders=lambda config: is_grouped_by_length(config) and not _has_token_budget(config),
-    )
+    per_device_train_batch_size: int = key(AT_LEAST_ONE, resume=_impact_of_batch)
     per_device_eval_batch_size: int = key(AT_LEAST_ONE, resume=Impact.harmless, read_by=GENERATING)
     gradient_accumulation_steps: int = key(AT_LEAST_ONE, resume=_impact_of_batch)
     per_device_train_tokens: int | None = key(
