@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, masking_utils
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION, is_kernels_available
 
 from src.config import schema
 from src.config.schema import Attention, Dtype, ModelConfig, ModelType, RunConfig, Weights
@@ -34,6 +35,7 @@ def build_model(config: RunConfig, device: torch.device) -> Any:
     architecture = load_architecture(config.model)
     check_lengths(config.model, architecture, config.data.max_seq_length, config.data.max_target_length)
     check_attention(config.model, device)
+    check_kernels(config.model, device)
     check_stored_bits(config, architecture)
     if config.quantization.is_on:
         check_quantisable(empty_model(config.model), config.quantization, device)
@@ -94,6 +96,28 @@ def check_attention(config: ModelConfig, device: torch.device) -> None:
     if missing := [what for what, is_there in needs.items() if not is_there]:
         reason = f"flash_attention_2 needs {in_words(missing)}"
         raise ModelError(f"model.attn_implementation: {reason}; sdpa is nearly as fast, and always there")
+
+
+def check_kernels(config: ModelConfig, device: torch.device) -> None:
+    """Check that kernels of the hub can be used here; ModelError says what is lacking."""
+    needs = {
+        "a GPU": device.type == "cuda",
+        f"the package kernels (>= {KERNELS_MIN_VERSION}, < {KERNELS_MAX_VERSION})": is_kernels_available(),
+    }
+    if config.kernels and (missing := [what for what, is_there in needs.items() if not is_there]):
+        raise ModelError(f"model.kernels needs {in_words(missing)}; model.kernels=false computes the same")
+
+
+def use_kernels(model: Any) -> None:
+    """Have a model on its device computed by kernels of the hub while it is trained, as far as there are some for it.
+
+    ModelError says that they can't be had. Not tested: it needs a GPU and the hub.
+    """
+    model.train()
+    try:
+        model.set_use_kernels(True)
+    except Exception as error:  # of the hub, and of the kernels themselves
+        raise ModelError(f"model.kernels: {one_line(error)}; model.kernels=false computes the same") from error
 
 
 def check_lengths(config: ModelConfig, architecture: Any, max_seq_length: int, max_target_length: int) -> None:

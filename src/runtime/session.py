@@ -6,6 +6,7 @@ No other file depends on how many processes there are, or on this one's rank.
 import os
 import random
 import resource
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -259,6 +260,8 @@ def start_runtime(
         raise TowlineError("runtime.device = cuda, but torch finds no CUDA device here; use auto or cpu")
     if mixed_precision is MixedPrecision.fp16 and use_cpu:
         raise TowlineError("training.mixed_precision = fp16 needs a GPU, and there is none; use no or bf16")
+    if config.compile and shutil.which(compiler := os.environ.get("CXX", "g++")) is None:
+        raise TowlineError(f"runtime.compile needs a C++ compiler, and there is no {compiler} (CXX names another)")
     if use_cpu:
         keep_freed_memory()
     if config.deterministic:

@@ -3,6 +3,7 @@
 Accelerate wraps it, so that hooks of DDP and DeepSpeed see one forward.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -42,6 +43,17 @@ class ModelWithLoss(nn.Module):
         """What the model does before and after its head; None where the model's own forward has to compute logits."""
         self.num_logits = num_embedding_rows(model)
         """Columns of the logits, to size the chunks."""
+        self._compiled: Callable[[Callable[..., Tensor | None], Any, dict[str, Any]], Tensor | None] | None = None
+
+    def compile_training(self) -> None:
+        """Have torch compile what the model computes while it is trained, and not when it is evaluated or generates."""
+        self._compiled = torch.compile(_call, dynamic=True)
+
+    def _computed(self, compute: Callable[[Any, dict[str, Any]], Tensor | None], inputs: dict[str, Any]) -> Tensor:
+        call = self._compiled if self._compiled is not None and self.training else _call
+        computed = call(compute, self.model, inputs)
+        assert computed is not None  # or the form would not be known
+        return computed
 
     @property
     def uses_full_logits(self) -> bool:
@@ -64,11 +76,10 @@ class ModelWithLoss(nn.Module):
         is_causal = target_ids is None
         of_labels = labels, parts, row_weights, label_positions
         if self.form is None or self.uses_full_logits:
-            logits = self.model(**inputs).logits
+            logits = self._computed(_logits_of, inputs)
             chosen = supervised_positions(logits, *of_labels, is_causal=is_causal)
             return compute_losses(chosen, lambda logits: logits, logits.shape[-1], self.config)
-        hidden = last_hidden_states(self.model, inputs)
-        assert hidden is not None  # or the form would not be known
+        hidden = self._computed(last_hidden_states, inputs)
         head = self.model.get_output_embeddings()
         chosen = supervised_positions(hidden, *of_labels, is_causal=is_causal)
         with region("head"):
@@ -139,6 +150,14 @@ class ModelWithLoss(nn.Module):
     def _probe(self, length: int) -> Tensor:
         """Return ids that any vocabulary has, [1, length]."""
         return torch.arange(length, device=self.model.device)[None] % num_embedding_rows(self.model)
+
+
+def _call(compute: Callable[..., Tensor | None], model: Any, inputs: dict[str, Any]) -> Tensor | None:
+    return compute(model, inputs)
+
+
+def _logits_of(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    return model(**inputs).logits
 
 
 def shifted(target_ids: Tensor, start_token_id: int) -> Tensor:

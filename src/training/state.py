@@ -18,7 +18,7 @@ from src.data.dataset import TrainSet
 from src.data.encoding import PARTS
 from src.data.sets import EncodedSet
 from src.errors import CheckpointError, ModelError
-from src.model.build import num_parameters
+from src.model.build import num_parameters, use_kernels
 from src.model.embeddings import TokenMonitor, embedding_parameters
 from src.runtime.allocation import keep_freed_memory
 from src.runtime.session import Runtime, rng_as_json, rng_from_json
@@ -370,6 +370,10 @@ def build_train_state(
     if config.model.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     loss_model = ModelWithLoss(model, config.loss).to(runtime.device)
+    if config.model.kernels:
+        use_kernels(model)
+    if config.runtime.compile:
+        loss_model.compile_training()
     if runtime.device.type == "cpu":
         keep_freed_memory(sum(p.nbytes for p in model.parameters()))
     is_packed = batch_sampler.batching is Batching.packed

@@ -24,6 +24,14 @@ def streaming_can_work(data: schema.DataConfig, training: schema.TrainingConfig)
 
 
 @applies_to("run")
+def what_is_sharded_is_not_compiled(runtime: schema.RuntimeConfig, deepspeed: schema.DeepSpeedConfig) -> Problems:
+    if runtime.compile and deepspeed.stage == 3:
+        yield Problem(
+            "runtime.compile", "ZeRO-3 gathers weights as it goes, which can't be compiled; deepspeed=zero2", True
+        )
+
+
+@applies_to("run")
 def budgets_hold_a_row(data: schema.DataConfig, training: schema.TrainingConfig, model: schema.ModelConfig) -> Problems:
     budget, longest = training.per_device_train_tokens, data.max_seq_length
     has_target = model.type is schema.ModelType.encoder_decoder

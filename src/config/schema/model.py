@@ -31,6 +31,8 @@ class ModelConfig:
     use_safetensors: bool = key(resume=BY_OUTCOME)
     trust_remote_code: bool = key(resume=Impact.rounding, why="other code may compute", read_by=(*GENERATING, "export"))
 
+    kernels: bool = key(default=False, resume=Impact.rounding)
+
     def pretrained_at(self, folder: Path) -> Self:
         """Return the settings that load the model in a folder, in the same precision."""
         return replace(self, checkpoint=str(folder), revision=None, weights=Weights.pretrained)

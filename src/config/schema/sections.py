@@ -185,6 +185,7 @@ class RuntimeConfig:
     main_process_port: int | None = _runtime_key(PORT)
     deterministic: bool = _runtime_key(resume=Impact.rounding)
     profile_steps: int | None = key(TRACED, None, resume=Impact.harmless)
+    compile: bool = key(default=False, resume=Impact.rounding)
 
     @property
     def world_size(self) -> int:
