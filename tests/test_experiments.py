@@ -39,7 +39,7 @@ def test_what_the_arms_on_a_pretrained_model_differ_in() -> None:
     assert arms("sweep=smollm2_thoughts") == {
         "smollm2_thoughts": {},
         "smollm2_without_thoughts": NO_TOKENS,
-        "smollm2_without_thoughts_3x": NO_TOKENS | {"data.limit": 3 * 640},
+        "smollm2_without_thoughts_3x": NO_TOKENS | {"data.limit": 3 * 200},
         "smollm2_thoughts_faded": {"data.thought_schedule": {"tokens_per_epoch": 3}},
         "smollm2_thoughts_mean": {"tokens.init.method": "mean"},
         "smollm2_thoughts_random": {"tokens.init.method": "random"},
