@@ -4,7 +4,7 @@ from pathlib import Path
 
 from src.config.job import Job
 from src.config.schema import Batching, InitMethod, RunConfig, TokensConfig, Weights
-from src.data.batching import about_choice
+from src.data.batching_choice import about_choice
 from src.data.dataset import Data
 from src.forecast.disk import disk_forecast_of_run
 from src.forecast.parameters import optimizer_part, parameters_of, with_adapter

@@ -24,14 +24,13 @@ from src.data.batching import (
     BatchSampler,
     Sequences,
     Window,
-    choose_batching,
     collate,
-    num_positions,
     pack,
     similar_batches,
     steps_per_epoch,
     windows,
 )
+from src.data.batching_choice import choose_batching, num_positions
 from src.data.dataset import Data, build_data
 from src.data.encoding import IGNORE_INDEX
 from src.data.sets import EncodedSet
@@ -239,7 +238,7 @@ def test_a_few_positions_are_no_reason_to_group(
     def counted(_: EncodedSet, plan: BatchSampler, __: int) -> int:
         return 1000 if plan.batching is Batching.padded else round(1000 * (1 - share))
 
-    monkeypatch.setattr("src.data.batching.num_positions", counted)
+    monkeypatch.setattr("src.data.batching_choice.num_positions", counted)
     assert choose_batching(rows, BatchSampler(Batching.auto, 4, 1, 64), 0).batching is expected
 
 

@@ -442,3 +442,23 @@ def test_sync_delivers_to_all_trackers_and_the_trials_of_a_sweep(
     assert sync.main([f"run={tmp_path}"]) == 0, capsys.readouterr()
     assert capsys.readouterr().out.count("3 lines of metrics") == 2
     assert len(list(tmp_path.glob("?/tensorboard/*"))) == 2
+
+
+def test_the_first_delivery_waits_for_the_run_to_be_assembled(run: Path) -> None:
+    fake = Fake(run, "fake")
+    exports = ExportThread([fake], pause_seconds=3600.0, warn=print)
+    exports.notify()
+    time.sleep(0.2)
+    assert fake.steps == []
+    exports.rewind(0, [])  # training begins
+    ends = time.monotonic() + 60
+    while len(fake.steps) < 300 and time.monotonic() < ends:
+        time.sleep(0.01)
+    assert exports.close(BRIEF) == []
+    assert fake.steps == list(range(1, 301))
+
+
+def test_a_run_that_ends_before_it_begins_is_delivered(run: Path) -> None:
+    fake = Fake(run, "fake")
+    assert ExportThread([fake], pause_seconds=3600.0, warn=print).close(BRIEF) == []
+    assert fake.steps == list(range(1, 301))

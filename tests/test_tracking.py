@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import mlflow
 import pytest
@@ -79,7 +80,11 @@ def tracked(
     config: Any, run_dir: Path, start: Start = FROM_THE_BEGINNING, frozen: Mapping[str, Any] = FROZEN
 ) -> Iterator[FolderTracker]:
     console = Console(io.StringIO())
-    with hold(run_dir), open_tracking(config, run_dir, frozen, console, start) as tracking:
+    with (
+        patch.object(tracker, "START_SECONDS", 0.0),
+        hold(run_dir),
+        open_tracking(config, run_dir, frozen, console, start) as tracking,
+    ):
         yield tracking
 
 

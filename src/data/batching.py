@@ -18,7 +18,6 @@ from src.data.stream import StreamedSet
 from src.errors import DataError
 
 GROUP_STEPS = 50  # steps whose rows are sorted by length together, for Batching.length_grouped
-LEAST_SAVING = 0.05  # share of the positions that Batching.auto must save by grouping
 Sequences = list[list[int]]  # rows of a micro-batch by sequence: one row in each, or several where they are packed
 
 
@@ -319,42 +318,6 @@ def _without(num_taken: int, batches: list[Sequences]) -> list[Sequences]:
             left.append(batch[num_taken:])
         num_taken = max(0, num_taken - len(batch))
     return left
-
-
-def num_positions(rows: EncodedSet, sampler: BatchSampler, seed: int) -> int:
-    """Count the positions of a first epoch's micro-batches, padding included; those of targets too."""
-    batches = sampler.micro_batches(rows.lengths, [seed, 0], 0, rows.target_lengths)
-    first = np.cumsum([0, *map(len, batches)])
-    each = [sequence for batch in batches for sequence in batch]
-    num_rows = np.cumsum([0, *map(len, each)])[:-1]
-    flat = np.array([row for sequence in each for row in sequence])
-    of_sequences = (np.add.reduceat(lengths[flat], num_rows) for lengths in (rows.lengths, rows.target_lengths))
-    return sum(int((np.maximum.reduceat(one, first[:-1]) * np.diff(first)).sum()) for one in of_sequences)
-
-
-def choose_batching(rows: EncodedSet, sampler: BatchSampler, seed: int) -> BatchSampler:
-    """Return a sampler as the given one that groups rows by length where that saves enough positions, else pads them.
-
-    Without a budget of tokens, the positions are those of whole steps in one micro-batch: a step has the same rows
-    however it is cut, into micro-batches and over processes.
-    """
-    step_size = sampler.batch_size * sampler.micro_batches_per_step
-    whole = sampler if sampler.counts_tokens else replace(sampler, batch_size=step_size, micro_batches_per_step=1)
-    if not len(rows) or _saved_share(rows, whole, seed) < LEAST_SAVING:
-        return replace(sampler, batching=Batching.padded)
-    return replace(sampler, batching=Batching.length_grouped, saved_share=_saved_share(rows, sampler, seed))
-
-
-def _saved_share(rows: EncodedSet, sampler: BatchSampler, seed: int) -> float:
-    """Return the share of positions that grouping saves."""
-    each = (replace(sampler, batching=one) for one in (Batching.padded, Batching.length_grouped))
-    padded, grouped = (num_positions(rows, one, seed) for one in each)
-    return 1 - grouped / padded
-
-
-def about_choice(sampler: BatchSampler) -> str:
-    """Return what Batching.auto chose to group for, in words."""
-    return f"rows of similar length together, {sampler.saved_share:.0%} fewer positions (data.batching=auto)"
 
 
 class LabelledRows(Protocol):

@@ -12,7 +12,8 @@ import numpy as np
 
 from src.config.schema import Batching, RunConfig
 from src.data.advice import Finding, Level, advice
-from src.data.batching import BatchSampler, num_positions
+from src.data.batching import BatchSampler
+from src.data.batching_choice import num_positions
 from src.data.chat_render import CHANGED, MISSING, squeezed
 from src.data.dataset import Data
 from src.data.encoding import IGNORE_INDEX, Encoder

@@ -6,7 +6,7 @@ from typing import Any
 
 from src.config.schema import Batching, InitMethod, RunConfig, Weights
 from src.data.advice import Finding, Level
-from src.data.batching import about_choice
+from src.data.batching_choice import about_choice
 from src.data.dataset import Data
 from src.data.sets import EncodedSet
 from src.errors import visible

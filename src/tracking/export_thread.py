@@ -65,6 +65,8 @@ class ExportThread:
     Args:
         cleanup: an exporter whose last turn comes once all others are over.
         waits: hold everything back until `rewind`: it is not known yet which lines of the folder stay.
+        pause_seconds: before the first delivery, which ends with `rewind` too: trackers' libraries take a second and
+            more to be imported, which would slow down what is imported for the run.
         warn: takes, once each, the problems that the user must fix, and outages.
         say: takes the end of an outage.
     """
@@ -75,6 +77,7 @@ class ExportThread:
         *,
         cleanup: Exporter | None = None,
         waits: bool = False,
+        pause_seconds: float = 0.0,
         warn: Warn,
         say: Callable[[str], None] = print,
     ) -> None:
@@ -83,6 +86,8 @@ class ExportThread:
             exporter.begin()
         self._cleanup = cleanup
         self._lanes = [_Lane(one) for one in (*exporters, *([cleanup] if cleanup else []))]
+        for lane in self._lanes:
+            lane.pause(pause_seconds)
         self._waits = waits
         self._warn, self._say = warn, say
         self._warned: set[str] = set()
@@ -119,7 +124,9 @@ class ExportThread:
             for exporter in self.exporters:
                 exporter.rewind(num_kept, cut)
             self._waits = False
-            self.notify()
+        for lane in self._lanes:
+            lane.pause(0.0)
+        self.notify()
 
     def connect(self) -> None:
         """Wait until each tracker was reached, but not for a server that is slow or gone."""

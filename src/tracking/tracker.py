@@ -29,6 +29,7 @@ from src.tracking.step_logs import METRICS, SAMPLES, metrics_of
 from src.tracking.system_metrics import Measure, system_metrics_of
 
 Digests = Mapping[str, Any] | None
+START_SECONDS = 5.0  # that a tracker waits for the run to be assembled, before it is imported
 
 
 class LoggedStep(Protocol):
@@ -272,7 +273,15 @@ def open_tracking(
     with open_run_folder(run_dir, frozen, config_hash(frozen), start) as folder:
         is_known = any(os.path.lexists(run_dir / name) for name in (METRICS, *_state_files(config)))
         exporters = exporters_of(config.trackers(), run_dir, kinds=EXPORTERS, warn=console.warn)
-        exports = start_exporters(exporters, run_dir, before=before, waits=is_known, warn=console.warn, say=console.say)
+        exports = start_exporters(
+            exporters,
+            run_dir,
+            before=before,
+            waits=is_known,
+            pause_seconds=START_SECONDS,
+            warn=console.warn,
+            say=console.say,
+        )
         folder.at_end.append(lambda: _close(exports, folder, console))
         tracker = FolderTracker(folder, console, exports, system_metrics_of(config, console.warn))
         tracker.warn(*folder.warnings)
@@ -290,12 +299,13 @@ def start_exporters(
     *,
     before: Mapping[str, Any] | None = None,
     waits: bool = False,
+    pause_seconds: float = 0.0,
     warn: Warn,
     say: Callable[[str], None] = print,
 ) -> ExportThread:
     """Start delivering a folder, see ExportThread; end runs elsewhere that it had `before`, by its tracking.json."""
     cleanup = end_previous(exporters, folder, before, warn)
-    return ExportThread(exporters, cleanup=cleanup, waits=waits, warn=warn, say=say)
+    return ExportThread(exporters, cleanup=cleanup, waits=waits, pause_seconds=pause_seconds, warn=warn, say=say)
 
 
 def _close(exports: ExportThread, folder: RunFolder, console: Console) -> None:

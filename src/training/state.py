@@ -13,7 +13,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from src.checkpoint.locate import LEAST_SHARE
 from src.checkpoint.store import AnySnapshot, Snapshot
 from src.config.schema import Attention, Batching, RunConfig, TrainingConfig
-from src.data.batching import BatchSampler, Position, choose_batching, steps_per_epoch
+from src.data.batching import BatchSampler, Position, steps_per_epoch
+from src.data.batching_choice import choose_batching
 from src.data.dataset import TrainSet
 from src.data.encoding import PARTS
 from src.data.sets import EncodedSet
