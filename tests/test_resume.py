@@ -14,18 +14,21 @@ from collections.abc import Sequence
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from src.checkpoint.compatibility import Fingerprint
 from src.checkpoint.manifest import newest_resumable, problems_of, read_state
 from src.cli.start import run_job as run
 from src.config.job import Job
 from src.config.places import steps_in
 from src.errors import CheckpointError, ConfigError, DamagedFileError, Interrupted, ModelError
 from src.runtime.signals import StopRequest
+from src.training.resume import ResumePoint, tokenizer_hash
 from tests.conftest import admitted, read_lines, towline, write_lines
 from tests.kinds import thin_llama
 
@@ -483,3 +486,27 @@ def test_time_that_is_up_stops_as_a_signal_does(tmp_path: Path, monkeypatch: pyt
 def test_time_that_is_up_ends_the_process_with_75(tmp_path: Path) -> None:
     done = towline("tracking=none", *TWELVE, f"hydra.run.dir={tmp_path / 'run'}", "training.max_seconds=0.001")
     assert (done.returncode, "Stopped by training.max_seconds = 0.001" in done.stderr) == (75, True)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("chosen", [{}, {"chosen": {"data.batching": "length_grouped"}}], ids=["older", "present"])
+@pytest.mark.parametrize("batching", ["padded", "length_grouped"])
+def test_steps_that_an_earlier_version_grouped_otherwise_begin_their_epoch_again(
+    accumulation: int, chosen: dict[str, Any], batching: str
+) -> None:
+    how = (f"data.batching={batching}", f"training.gradient_accumulation_steps={accumulation}")
+    job = job_of(*how, "training.per_device_train_batch_size=2")
+    rows = SimpleNamespace(train=SimpleNamespace(digest=lambda: "rows"), num_train_rows=9)
+    tokenizer = SimpleNamespace(get_vocab=dict)
+    facts = Fingerprint(3, 9, "rows", 9, tokenizer_hash(tokenizer), None, "cpu", 1, 2 * accumulation, {})
+    state = {
+        **chosen,
+        "config": job.frozen,
+        "facts": dataclasses.asdict(facts),
+        "position": {"epoch": 0, "num_sequences": 4, "block": None},
+        "step": 3,
+    }
+    found = ResumePoint(Path("there"), state).checked(rows, tokenizer, job, 1)
+    assert found.repeats_epoch is (not chosen and batching == "length_grouped" and accumulation > 1)
+    assert found.position is not None
+    assert found.position["num_sequences"] == (0 if found.repeats_epoch else 4)
