@@ -114,6 +114,11 @@ def test_a_difference_of_bits_is_that_of_the_ratios_and_its_p_counts_draws() -> 
     assert less is not None
     assert (less.difference, less.low, less.high) == pytest.approx((-1, -1, -1))
     assert less.p_value == 2 / 10_001
+    for num_rows, least in ((1, 1.0), (4, 0.125), (11, 2**-10), (12, 2**-11), (14, 2 / 10_001)):  # all on one side
+        few = slice(num_rows)
+        found = compare_bits(noise[few] - 4 * math.log(2), sizes[few], noise[few], sizes[few], seed=3)
+        assert found is not None
+        assert found.p_value == pytest.approx(least)
     other = rng.normal(scale=math.log(2) * 4, size=200)
     found = compare_bits(other, sizes, np.zeros(200), sizes, seed=3)
     assert found is not None

@@ -46,7 +46,9 @@ def compare_bits(
     """Compare bits per byte, the ratio of the sums over rows: ours minus theirs; None where no row has a byte.
 
     The interval is the percentile one. p is twice the smaller share of draws on one side of 0, with 1 added to both
-    counts, so that it is never 0 (Davison and Hinkley 1997, "Bootstrap Methods and their Application", 4.2.3).
+    counts, so that it is never 0 (Davison and Hinkley 1997, "Bootstrap Methods and their Application", 4.2.3). It is
+    not below 2 / 2^rows, the chance that all rows fall on one side where the sides are alike: few rows drawn again and
+    again are still few.
 
     Args:
         ours: nats of each row's answer, [rows].
@@ -66,4 +68,5 @@ def compare_bits(
     fewest = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
     bits, num_bytes, their_bits, num_their_bytes = table.sum(axis=0).tolist()
     difference = bits / num_bytes - their_bits / num_their_bytes
-    return Difference(difference, low, high, min(1.0, 2 * (fewest + 1) / (len(differences) + 1)), len(table))
+    p_value = max(2 * (fewest + 1) / (len(differences) + 1), 2.0 ** (1 - len(table)))
+    return Difference(difference, low, high, min(1.0, p_value), len(table))
