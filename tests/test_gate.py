@@ -30,7 +30,7 @@ def refusal(*overrides: str) -> str:
         (["optimizer.lrr=1"], ["optimizer.lrr = 1", "did you mean optimizer.lr?", "command line", "1 problem\n"]),
         (["+optimizer.foo=1"], ["optimizer.foo = 1", "optimizer has type, lr, embedding_lr, weight_decay, betas, eps"]),
         (["optimizer.lrr=1", "+optimizer.foo=1"], ["2 problems", "optimizer.lrr", "optimizer.foo"]),
-        (["training.mixed_precision=fp8", "seed=-1"], ["2 problems", "not one of no, bf16, fp16", "seed = -1"]),
+        (["training.mixed_precision=fp8", "seed=-1"], ["2 problems", "not one of no, bf16, fp16, auto", "seed = -1"]),
         (["optimizer=adamx"], ["optimizer = adamx", "one of adafactor, adamw", "did you mean adamw?", "1 problem\n"]),
         (["optimzer=adamw"], ["optimzer", "did you mean optimizer?"]),
         (["scheduler=constant", "scheduler.warmup_steps=3"], ["scheduler.warmup_steps = 3", "unknown key"]),

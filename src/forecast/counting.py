@@ -180,7 +180,8 @@ class ModelCounter:
             "attention_mask": shape.seq if shape.has_padding else None,
             "position_ids": shape.seq if shape.is_packed else None,
         }
-        return {name: self._ids(shape.batch, seq) for name, seq in lengths.items() if seq is not None}
+        inputs = {name: self._ids(shape.batch, seq) for name, seq in lengths.items() if seq is not None}
+        return inputs | {"label_positions": self._ids(1, shape.num_supervised)[0]}
 
 
 @contextmanager
