@@ -131,7 +131,7 @@ class ResumePoint:
         was_begun = position["num_sequences"] > 0 or bool(position["block"] and position["block"]["num_blocks"])
         is_reordered = compatibility.is_reordered(changes, with_chosen(job.frozen, self.chosen))
         # before there was Batching.auto, micro-batches of similar length were shuffled, not steps of them
-        is_regrouped = "chosen" not in self.state and self.chosen["data.batching"] == "length_grouped"
+        is_regrouped = "chosen" not in self.state and self.chosen.get("data.batching") == "length_grouped"
         return replace(self, repeats_epoch=was_begun and (is_reordered or (is_regrouped and now.step_sequences > size)))
 
     def restore(self, state: Any, fingerprint: Fingerprint, runtime: Any, config: RunConfig) -> list[str]:
@@ -195,11 +195,13 @@ def _size(job: Job) -> int:
 
 def _chosen_of(state: Mapping[str, Any]) -> dict[str, str]:
     """Return what CHOSEN mean in a checkpoint; one of a version without `auto` says so in its configuration."""
-    found = dict(state.get("chosen", {}))
-    for key in CHOSEN:
-        section, name = key.split(".")
-        found.setdefault(key, state["config"][section][name])
-    return found
+    before = {key: _value(state["config"], key) for key in CHOSEN} | dict(state.get("chosen", {}))
+    return {key: value for key, value in before.items() if value is not None}
+
+
+def _value(frozen: Mapping[str, Any], key: str) -> Any:
+    section, name = key.split(".")
+    return frozen.get(section, {}).get(name)
 
 
 def with_chosen(frozen: Mapping[str, Any], chosen: Mapping[str, str]) -> Mapping[str, Any]:
@@ -207,7 +209,7 @@ def with_chosen(frozen: Mapping[str, Any], chosen: Mapping[str, str]) -> Mapping
     settled = dict(frozen)
     for key, value in chosen.items():
         section, name = key.split(".")
-        if settled[section][name] == "auto":
+        if _value(settled, key) == "auto":
             settled[section] = {**settled[section], name: value}
     return settled
 
