@@ -59,6 +59,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train(
             admitted(f"data.train_files=['{file}']", "data.validation_files=null", f"data.test_files=['{tests}']",
                      "data.limit=90", "training.per_device_train_batch_size=16", "training.max_train_steps=40",
+                     "data.batching=padded",
                      "evaluation.eval_steps=null", "evaluation.sample_prompts=0", "generation.max_new_tokens=12",
                      "training.per_device_eval_batch_size=5", f"hydra.run.dir={base / 'run'}"),
             StopRequest(),

@@ -197,10 +197,8 @@ MLFLOW_STATES = {"FINISHED": "FINISHED", "FAILED": "FAILED", "PREEMPTED": KILLED
 """How a run or a sweep ended, in MLflow's words."""
 
 
-def quieten() -> None:
-    """Cut MLflow's retries short (by default an unreachable server blocks a call for minutes), and silence it; before
-    it is imported.
-    """
+def quiet_client() -> Any:
+    """Import MLflow with its retries cut short (by default an unreachable server blocks a call for minutes)."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_SECONDS))
     os.environ.setdefault("MLFLOW_ALLOW_HTTP_REDIRECTS", "false")  # a POST would come back as a GET
@@ -208,11 +206,6 @@ def quieten() -> None:
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # it would print tracebacks of what is reported in words
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-
-
-def quiet_client() -> Any:
-    """Import MLflow, see quieten; it takes a second and more."""
-    quieten()
     from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic", "urllib3"):
