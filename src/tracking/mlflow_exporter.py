@@ -58,7 +58,6 @@ class MlflowExporter(FolderExporter):
         self.is_local = config.uri.startswith("sqlite")
         self.previous: PreviousRuns | None = parent.previous if parent else None  # ends runs in other stores
         self._parent = parent
-        self._client_class: Any = None  # imported with the first delivery, beside what a run imports for itself
         self._open: OpenRun | None = None
         self._address = config.uri
         self._has_failed = False
@@ -169,7 +168,7 @@ class MlflowExporter(FolderExporter):
         DamagedFileError names a file that can't be read; what others say was delivered nevertheless.
         """
         self._damage = []
-        self._client_class = mlflow_client.quiet_client()  # before anything else of MLflow's, which would print
+        mlflow_client.quiet_client()  # with the first delivery, and before anything else of MLflow's, which would print
         self._end_in_other_stores()
         try:
             self._open_store()
@@ -228,7 +227,7 @@ class MlflowExporter(FolderExporter):
 
     def _open_run(self) -> OpenRun:
         calls_again = mlflow_client.CALLS_AGAIN if self._is_server else 0
-        made = self._client_class(tracking_uri=self._address)
+        made = mlflow_client.quiet_client()(tracking_uri=self._address)
         client = mlflow_client.WatchedClient(made, self.activity, self.folder, calls_again, self._is_server)
         run = found = self._find_run(client)
         if found is None:
