@@ -272,7 +272,7 @@ def _about_rows(config: RunConfig, data: Data, train: EncodedSet) -> Iterator[Fi
 
 
 def _about_batches(config: RunConfig, train: EncodedSet, num_steps: int) -> Iterator[Finding]:
-    sampler = build_batch_sampler(config, train)
+    sampler = build_batch_sampler(config, train, config.runtime.world_size)
     ways = [Batching.padded, Batching.length_grouped] + [Batching.packed] * (not train.is_encoder_decoder)
     wasted = {way: padding(train, replace(sampler, batching=way), config.seed) for way in ways}
     now = wasted.pop(sampler.batching)
