@@ -156,7 +156,7 @@ def test_chunks_are_even(num: int, vocabulary: int, device: str, size: int) -> N
 def test_only_a_chunk_of_logits_exists(monkeypatch: pytest.MonkeyPatch) -> None:
     cut_into_chunks(monkeypatch, rows=64, num_vocabulary=1024)
     states, weight, _, targets, _ = case(False, False, torch.float32, (1024, 1024, 8))
-    with LiveTensors([states, weight, targets], num_supervised=0) as live:
+    with LiveTensors([states, weight, targets]) as live:
         fused_losses(states, LinearHead(weight), targets)[0].backward()
     logits, gradients = 64 * 1024 * 4, states.nbytes + weight.nbytes
     assert live.peak < logits + 2 * gradients + 10 * targets.nbytes < targets.numel() * 1024 * 4 / 4

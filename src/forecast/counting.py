@@ -158,7 +158,7 @@ class ModelCounter:
 
     @contextmanager
     def _computing(self, shape: MicroBatchShape = NO_LABELS) -> Iterator[LiveTensors]:
-        live = LiveTensors([*self.loss_model.parameters(), *self.loss_model.buffers()], shape.num_supervised)
+        live = LiveTensors([*self.loss_model.parameters(), *self.loss_model.buffers()])
         with nullcontext() if shape.is_packed else no_packing_detection(), self.mode, live:
             try:
                 yield live

@@ -37,13 +37,10 @@ def _grouped_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 class LiveTensors(TorchDispatchMode):
     """Follows which storages are alive, how many bytes at most at once, and counts floating-point operations."""
 
-    def __init__(self, existing: Iterable[Tensor], num_supervised: int) -> None:
-        """Start with nothing counted; the storages of `existing` tensors never are. `num_supervised` is how many
-        positions a mask picks, since its values are unknown.
-        """
+    def __init__(self, existing: Iterable[Tensor]) -> None:
+        """Start with nothing counted; the storages of `existing` tensors never are."""
         super().__init__()
         self._not_counted = {tensor.untyped_storage()._cdata for tensor in existing}
-        self._num_supervised = num_supervised
         self._new_number = itertools.count()
         self._numbers: dict[int, int] = {}  # of storages that are alive, by address, which another one may get later
         self._alive: dict[int, int] = {}  # bytes, by number
@@ -55,8 +52,6 @@ class LiveTensors(TorchDispatchMode):
     ) -> Any:
         if func is torch.ops.prim.device.default:  # two of three calls; FakeTensorMode would take long to say the same
             return args[0].device
-        if func is aten.index.Tensor:
-            args = (args[0], self._positions(args[1]), *args[2:])
         kwargs = kwargs or {}
         result = _grouped_product(func, args, kwargs) if func is aten._grouped_mm.default else func(*args, **kwargs)
         if (formula := FLOPS.get(func._overloadpacket)) is not None:
@@ -65,16 +60,6 @@ class LiveTensors(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
         return result
-
-    def _positions(self, indices: list[Tensor | None]) -> list[Tensor | None]:
-        """Turn masks into positions, as many as are supervised."""
-        positions: list[Tensor | None] = []
-        for index in indices:
-            if index is not None and index.dtype is torch.bool:
-                positions += [torch.empty(self._num_supervised, dtype=torch.long, device=index.device)] * index.ndim
-            else:
-                positions.append(index)
-        return positions
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -6,8 +6,8 @@ import torch
 
 from src.config.schema import Device, MixedPrecision, RunConfig
 
-BF16_UNITS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-"""Capabilities of a processor with instructions for products in bf16, of which one is enough."""
+BF16_UNITS = ("avx512_bf16", "amx_bf16", "bf16")
+"""Capabilities of a processor with instructions for products in bf16, as torch names them; "bf16" is ARM's."""
 FIRST_WITH_BF16 = (8, 0)
 """Compute capability of the first NVIDIA GPUs that compute in bf16; torch emulates it on older ones."""
 

@@ -20,8 +20,9 @@ Device = StrEnum("Device", "auto cpu cuda")
 
 OTHER_LOSS = "something else is minimised"
 MAX_STEPS = "training.max_train_steps"
+BATCH_SIZE = "training.per_device_train_batch_size"
 ROWS_OF_A_STEP = (
-    *("training.per_device_train_batch_size", "training.gradient_accumulation_steps"),
+    *(BATCH_SIZE, "training.gradient_accumulation_steps"),
     *("runtime.num_processes", "runtime.num_machines"),
 )
 """Keys whose product is how many rows make a step."""
@@ -77,7 +78,7 @@ def _impact_of_batch(key: str, before: DottedConfig, now: DottedConfig) -> Verdi
     Budgets of tokens and the ends of streamed blocks go by micro-batches, so they change the rows of a step.
     """
     first, second = (math.prod(one.get(size, 1) for size in ROWS_OF_A_STEP) for one in (before, now))
-    if key == ROWS_OF_A_STEP[0] and _has_token_budget(before) and _has_token_budget(now):
+    if key == BATCH_SIZE and _has_token_budget(before) and _has_token_budget(now):
         return Impact.harmless, ""
     is_cut_freely = not any(_has_token_budget(one) or one.get("data.streaming") for one in (before, now))
     if is_cut_freely and first == second:
