@@ -7,6 +7,8 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 import tracemalloc
@@ -114,6 +116,17 @@ def test_the_second_time_rows_are_found_and_the_same(tmp_path: Path, file: str, 
     assert rows_of(again.train) == rows_of(first.train)
     assert rows_of(again.validation["validation"]) == rows_of(first.validation["validation"])
     assert again.train.digest() == first.train.digest() != again.validation["validation"].digest()
+
+
+def test_rows_are_found_without_importing_pandas(tmp_path: Path, file: str) -> None:
+    built(admitted(*chosen(file, tmp_path / "cache")).config)
+    [entry] = entries(tmp_path / "cache")
+    code = (
+        "import sys; from pathlib import Path; from src.data.store import Shard; "
+        f"print(len(Shard.open(Path({str(entry)!r}))), 'pandas' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(len(ROWS_MADE)), "False"]
 
 
 HARMLESS = [

@@ -11,7 +11,7 @@ import numpy as np
 from src.data.encoding import AFTER_THOUGHT, ANSWER, IGNORE_INDEX, THOUGHT, THOUGHT_CLOSE, THOUGHT_OPEN
 from src.data.readers.record import place_of
 from src.data.splits import concatenate
-from src.data.store import FADING, FadingText, Shard, StoredBatch
+from src.data.store import FADING, FadingText, Shard, StoredBatch, numbers_of
 
 
 @dataclass(slots=True)
@@ -259,8 +259,7 @@ class EncodedSet:
     def total(self, column: str) -> int:
         """Return the sum of a column of numbers or booleans."""
         return sum(
-            int((batch.records.column(column).to_numpy(zero_copy_only=False) * times).sum())
-            for batch, times in self.multiplicities()
+            int((numbers_of(batch.records.column(column)) * times).sum()) for batch, times in self.multiplicities()
         )
 
     def digest(self) -> str:

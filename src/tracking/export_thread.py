@@ -65,7 +65,7 @@ class ExportThread:
     Args:
         cleanup: an exporter whose last turn comes once all others are over.
         waits: hold everything back until `rewind`: it is not known yet which lines of the folder stay.
-        pause_seconds: before the first delivery, which ends with `rewind` too: trackers' libraries take a second and
+        pause_seconds: at most, before the first delivery; `rewind` ends it too: trackers' libraries take a second and
             more to be imported, which would slow down what is imported for the run.
         warn: takes, once each, the problems that the user must fix, and outages.
         say: takes the end of an outage.

@@ -29,7 +29,7 @@ from src.tracking.step_logs import METRICS, SAMPLES, metrics_of
 from src.tracking.system_metrics import Measure, system_metrics_of
 
 Digests = Mapping[str, Any] | None
-START_SECONDS = 5.0  # that a tracker waits for the run to be assembled, before it is imported
+START_SECONDS = 30.0  # at most, that a tracker waits for the first step before its library is imported
 
 
 class LoggedStep(Protocol):
