@@ -107,7 +107,7 @@ MEANT: tuple[tuple[list[str], str], ...] = (
     # with their values, where these are others here
     (["bf16=true"], "did you mean training.mixed_precision=bf16? "),
     (["fp16=false"], "did you mean training.mixed_precision=no? "),
-    (["training.bf16=auto"], "did you mean training.mixed_precision? (one of no, bf16, fp16, auto)"),
+    (["training.bf16=auto"], "did you mean training.mixed_precision=auto? "),
     (["report_to=none"], "did you mean tracking=none? "),
     (["report_to=[mlflow]"], "did you mean tracking=mlflow? "),
     (["report_to=wandb"], "did you mean tracking=wandb? "),

@@ -60,7 +60,7 @@ def test_every_name_of_another_trainer_is_on_the_page() -> None:
     for peer in all_peers():
         section = page.partition(f"\n## {peer.title}\n")[2].partition("\n## ")[0]
         assert all(f"`{name}`" in section for name in peer.table), peer.title
-    assert "| `bf16` | `true`: `training.mixed_precision=bf16`<br>`false`: `training.mixed_precision=no` |\n" in page
+    assert "| `fp16` | `true`: `training.mixed_precision=fp16`<br>`false`: `training.mixed_precision=no` |\n" in page
     assert "- `tf32`: PyTorch's own setting is left as it is.\n" in page
 
 

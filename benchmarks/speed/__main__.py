@@ -7,8 +7,9 @@ same batches, so that their losses have to be equal at every step (exit code 1 w
 a process of its own; rounds alternate forwards and backwards; warm-up steps are left out; medians are shown. Tokens are
 those of rows, without padding; the ratio that counts is that of tokens a second. "Of peak": the operations that the
 tokens need in matrix products, over the time, over the most that products of large matrices reach in these processes.
-Packed ways take as many packs a step as have the tokens of a padded one. Blocks are computed once in all of them, also
-in TRL's, whose default is to compute them again in backward. KEY=VALUE change Towline's configuration.
+Packed ways take as many packs a step as have the tokens of a padded one. Blocks are computed once, also in TRL's ways
+but for trl_default: TRL computes them again in backward unless it is told otherwise. KEY=VALUE change Towline's
+configuration.
 
 Figures differ from machine to machine; measure where nothing else runs. On a GPU: --device cuda (bf16, with a workload
 of 1B parameters).

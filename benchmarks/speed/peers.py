@@ -128,7 +128,7 @@ def _arguments(workload: Workload, way: Way, settings: Settings, batch_size: int
         "bf16": settings.mixed_precision == "bf16",
         "use_cpu": settings.device == "cpu",
         "use_liger_kernel": way.has_kernels,
-        "activation_checkpointing": False,  # TRL's default is to compute each block twice
+        "activation_checkpointing": way.computes_twice,
         "logging_strategy": "no",
         "save_strategy": "no",
         "report_to": "none",

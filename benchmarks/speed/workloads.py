@@ -81,6 +81,7 @@ class Way:
     trainer: Trainer
     batching: Batching = "padded"
     has_kernels: bool = False  # Liger's kernels and FlashAttention
+    computes_twice: bool = False  # blocks are computed again in backward: activation checkpointing, TRL's default
 
     @property
     def is_peer(self) -> bool:
@@ -112,6 +113,7 @@ WAYS = {
         Way("bare", "bare loop, Towline's batches and head", "bare"),
         Way("trainer", "transformers Trainer", "transformers"),
         Way("trainer_grouped", "transformers Trainer, by length", "transformers", "length_grouped"),
+        Way("trl_default", "TRL SFTTrainer, its defaults", "trl", computes_twice=True),
         Way("trl", "TRL SFTTrainer", "trl"),
         Way("trl_grouped", "TRL SFTTrainer, by length", "trl", "length_grouped"),
         Way("trl_packed", "TRL SFTTrainer, packed", "trl", "packed"),
