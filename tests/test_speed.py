@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.speed import measuring, preparing, texts
+from benchmarks.speed.__main__ import earlier, write
 from benchmarks.speed.machine import RowLength, attention_flops, training_flops
 from benchmarks.speed.measurement import Measurement
 from benchmarks.speed.measuring import measure
@@ -44,7 +45,7 @@ def test_all_ways_have_the_same_losses_at_every_step(
         if way.goes_with(workload, "cpu"):
             rounds[way.name] = [measure(workload, way, SETTINGS, tmp_path)]
             AcceleratorState._reset_state(reset_partial_state=True)
-    results = Results(workload, SETTINGS, rounds)
+    results = Results(workload, "no", rounds)
     assert results.disagreements() == []
     assert len(rounds) >= 3
     assert {len(one.losses) for [one] in rounds.values()} == {4}
@@ -79,13 +80,32 @@ def test_losses_that_differ_are_reported_where_they_have_to_agree() -> None:
         "trl": [measurement("trl", 5.00001, 4.2, seconds=4.0)],
         "trl_grouped": [measurement("trl_grouped", 5.3, 4.3, seconds=2.0)],
     }
-    results = Results(WORKLOADS["small"], SETTINGS, rounds)
+    results = Results(WORKLOADS["small"], "no", rounds)
     assert results.disagreements() == ["step 2: the loss of trl is 4.200000, that of towline 4.000000"]
     assert results.ratio("towline", "trl") == 4.0
     assert "2.00 times as many tokens a second as TRL SFTTrainer, by length" in as_markdown(results)
     assert "| TRL SFTTrainer | 25 (25 to 25) | 15 | 1.00 | 1.00 GiB | 12% | 50% | 5.0000 to 4.2000 |" in as_markdown(
         results
     )
+
+
+def test_workloads_measured_before_stay_in_the_tables(tmp_path: Path) -> None:
+    before, now = (
+        Results(WORKLOADS[name], "no", {way: [measurement(way, 5.0, 4.0)] for way in ways}, f"{name} was measured")
+        for name, ways in (("medium", ["towline", "trl"]), ("small", ["towline", "trl", "trl_grouped"]))
+    )
+    output = tmp_path / "speed.md"
+    assert earlier(output) == {}
+    write(output, {}, [before])
+    kept = earlier(output)
+    assert kept == {"medium": before}
+    write(output, kept, [now])
+    assert list(earlier(output)) == ["small", "medium"]
+    written = output.read_text()
+    assert written.index("small was measured") < written.index("medium was measured")
+    write(output, kept, [dataclasses.replace(before, measured="medium was measured again")])
+    assert earlier(output)["medium"].measured == "medium was measured again"
+    assert output.with_suffix(".png").stat().st_size > 10_000
 
 
 def test_rows_of_long_prompts_have_the_share_that_is_said() -> None:

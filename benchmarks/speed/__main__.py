@@ -53,6 +53,7 @@ def main() -> int:
     if given.rounds < 3:
         say(f"{given.rounds} of at least 3 rounds: to try it out, not to be quoted")
     ways = [way for way in given.ways if not missed(way)]
+    kept = earlier(given.output)
     done: list[Results] = []
     is_right = True
     for workload in given.workloads:
@@ -62,13 +63,13 @@ def main() -> int:
         is_right = is_right and not has_failed
         if not results.rounds:
             continue
-        done.append(results)
-        print(as_markdown(results), flush=True)
+        done.append(dataclasses.replace(results, measured=how_measured(machine, workload, settings, given.rounds)))
+        print(as_markdown(done[-1]), flush=True)
         for one in results.disagreements():
             is_right = False
             say(f"WRONG: {workload.name}: {one}")
         if given.output is not None:
-            write(given.output, machine, settings, given.rounds, done)
+            write(given.output, kept, done)
     return 0 if is_right else 1
 
 
@@ -88,7 +89,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--checkpoint", metavar="DIR", help="a pretrained model, for real and real_lora")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--mixed-precision", choices=["no", "bf16"], help="bf16 on cuda, else no")
-    parser.add_argument("--output", type=Path, metavar="FILE.md", help="tables; FILE.png and FILE.json beside them")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE.md",
+        help="tables; FILE.png and FILE.json beside them; workloads that FILE.json has from before stay",
+    )
     given = parser.parse_args()
     given.mixed_precision = given.mixed_precision or ("bf16" if given.device == "cuda" else "no")
     for option, file in (("--rows", given.rows), ("--checkpoint", given.checkpoint)):
@@ -144,7 +150,7 @@ def run_workload(
         machine = in_own_process(workload, None, settings, folder)["machine"]
     except Failed as error:
         say(f"FAILED: {workload.name}: {error}")
-        return "", Results(workload, settings, {}), True
+        return "", Results(workload, settings.mixed_precision, {}), True
     failed: set[str] = set()
     for number in range(rounds):
         for way in ways if number % 2 == 0 else reversed(ways):
@@ -162,7 +168,7 @@ def run_workload(
             place = f"{workload.name}, round {number + 1} of {rounds}"
             say(f"{place}: {way.about}: {one.tokens_per_second:,.0f} tokens/s ({spent:.0f} s with its start)")
     in_order = {way.name: measured[way.name] for way in ways if way.name in measured and way.name not in failed}
-    return machine, Results(workload, settings, in_order), bool(failed)
+    return machine, Results(workload, settings.mixed_precision, in_order), bool(failed)
 
 
 def in_own_process(workload: Workload, way: Way | None, settings: Settings, folder: Path) -> dict[str, Any]:
@@ -178,19 +184,30 @@ def in_own_process(workload: Workload, way: Way | None, settings: Settings, fold
     return json.loads(result.read_text(encoding="utf-8"))
 
 
-def write(output: Path, machine: str, settings: Settings, rounds: int, done: Sequence[Results]) -> None:
-    """Write the tables so far, their figure, and the measurements themselves."""
-    rows = "GSM8K's rows" if settings.rows_file else "made-up rows"
-    how = f"{rows}, mixed precision {settings.mixed_precision}, medians of {rounds} rounds"
-    sections = "\n".join(as_markdown(results) for results in done)
+def write(output: Path, kept: Mapping[str, Results], done: Sequence[Results]) -> None:
+    """Write the tables, their figure, and the measurements themselves: those that were there, and those of now."""
+    together = dict(kept) | {results.workload.name: results for results in done}
+    everything = [together[name] for name in WORKLOADS if name in together]
+    sections = "\n".join(as_markdown(results) for results in everything)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, f"# Training speed\n\n{date.today()}: {machine}; {how}.\n\n{sections}")
-    write_png(as_figure(done), output.with_suffix(".png"))
-    raw = {
-        results.workload.name: [dataclasses.asdict(one) for each in results.rounds.values() for one in each]
-        for results in done
-    }
+    write_atomically(output, f"# Training speed\n\n{sections}")
+    write_png(as_figure(everything), output.with_suffix(".png"))
+    raw = {results.workload.name: results.as_dict() for results in everything}
     write_atomically(output.with_suffix(".json"), json.dumps(raw, indent=1))
+
+
+def how_measured(machine: str, workload: Workload, settings: Settings, rounds: int) -> str:
+    rows = "GSM8K's rows" if settings.rows_file else "made-up rows"
+    steps = f"{settings.steps or workload.steps} steps after {settings.warm_up} of warm-up"
+    return f"{date.today()}, {machine}; {rows}, mixed precision {settings.mixed_precision}, {rounds} rounds of {steps}"
+
+
+def earlier(output: Path | None) -> dict[str, Results]:
+    """Return what an earlier command has measured of each workload, in the same file."""
+    if output is None or not (file := output.with_suffix(".json")).is_file():
+        return {}
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    return {name: Results.read(WORKLOADS[name], found) for name, found in raw.items() if name in WORKLOADS}
 
 
 def say(text: str) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
 from benchmarks.speed.measurement import Measurement
-from benchmarks.speed.workloads import WAYS, Settings, Way, Workload
+from benchmarks.speed.workloads import WAYS, Way, Workload
 from src import markdown
 from src.figures import Figure, Series
 from src.util import in_words
@@ -22,8 +23,19 @@ class Results:
     """All measurements of a workload, of each way that did not fail one a round."""
 
     workload: Workload
-    settings: Settings
+    mixed_precision: str  # no or bf16
     rounds: Mapping[str, Sequence[Measurement]]
+    measured: str = ""  # when, on which machine, how often
+
+    @classmethod
+    def read(cls, workload: Workload, stored: Mapping[str, Any]) -> Self:
+        """Read what `as_dict` gave."""
+        rounds = {way: [Measurement(**one) for one in each] for way, each in stored["rounds"].items() if way in WAYS}
+        return cls(workload, stored["mixed_precision"], rounds, stored["measured"])
+
+    def as_dict(self) -> dict[str, Any]:
+        rounds = {way: [asdict(one) for one in each] for way, each in self.rounds.items()}
+        return {"measured": self.measured, "mixed_precision": self.mixed_precision, "rounds": rounds}
 
     @property
     def base(self) -> str | None:
@@ -52,7 +64,7 @@ class Results:
 
     def disagreements(self) -> list[str]:
         """Return where losses differ that have to agree: of ways that feed the same batches, at every step."""
-        tolerance = TOLERANCES["bf16" if self.workload.dtype == "bfloat16" else self.settings.mixed_precision]
+        tolerance = TOLERANCES["bf16" if self.workload.dtype == "bfloat16" else self.mixed_precision]
         ordered = [(name, one) for name, all_of in self.rounds.items() for one in all_of if WAYS[name].follows_order]
         found = []
         for name, one in ordered[1:]:
@@ -108,7 +120,9 @@ def as_markdown(results: Results) -> str:
     if results.base is not None:
         said.insert(0, f"Ratios are of tokens/s, to {WAYS[results.base].about}.")
     table = markdown.table(COLUMNS, results.table())
-    return f"## {results.workload.name}: {results.workload.about}\n\n{table}\n\n{' '.join(said)}\n"
+    heading = f"## {results.workload.name}: {results.workload.about}"
+    paragraphs = [heading, results.measured, table, " ".join(said)]
+    return "\n\n".join(filter(None, paragraphs)) + "\n"
 
 
 def as_figure(all_results: Sequence[Results]) -> Figure:
