@@ -209,6 +209,9 @@ class OneOfTwo:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runtime, name)
 
+    def rounds(self, items: Sequence[Any]) -> list[Sequence[Any]]:
+        return Runtime.rounds(self, items)  # type: ignore[arg-type, type-var]
+
     def split(self, items: Sequence[Any]) -> Iterator[tuple[Any, bool]]:
         return Runtime.split(self, items)  # type: ignore[arg-type, type-var]
 

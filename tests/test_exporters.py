@@ -444,13 +444,17 @@ def test_sync_delivers_to_all_trackers_and_the_trials_of_a_sweep(
     assert len(list(tmp_path.glob("?/tensorboard/*"))) == 2
 
 
-def test_the_first_delivery_waits_for_the_run_to_be_assembled(run: Path) -> None:
+def test_the_first_delivery_waits_for_the_first_line(run: Path) -> None:
     fake = Fake(run, "fake")
     exports = ExportThread([fake], pause_seconds=3600.0, warn=print)
     exports.notify()
     time.sleep(0.2)
     assert fake.steps == []
-    exports.rewind(0, [])  # training begins
+    exports.rewind(0, [])
+    time.sleep(0.2)
+    assert fake.steps == []
+    exports.release()
+    exports.notify()
     ends = time.monotonic() + 60
     while len(fake.steps) < 300 and time.monotonic() < ends:
         time.sleep(0.01)

@@ -11,7 +11,7 @@ from src.checkpoint.manifest import read_state
 from src.cli.start import run_job
 from src.config.command_line import read_command_line
 from src.config.frozen import read_finished
-from src.runtime.precision import choose_precision, with_precision
+from src.runtime.precision import about_frozen_weights, choose_precision, with_precision
 from src.runtime.products import SLOWER, bf16_slowdown, bf16_warnings, matmul_flops_per_second
 from src.runtime.signals import StopRequest
 from tests.conftest import admitted, read_lines
@@ -33,16 +33,34 @@ CPU = torch.device("cpu")
 )
 def test_slow_bf16_is_told_with_what_to_choose(overrides: list[str], advised: str) -> None:
     config = admitted(*overrides).config
-    [warning] = bf16_warnings(config, CPU, lambda _: 27.4)
+    weights = torch.bfloat16 if "model.dtype=bfloat16" in overrides else torch.float32
+    [warning] = bf16_warnings(config, weights, CPU, lambda _: 27.4)
     assert warning == f"this processor takes 27.4 times as long for products in bf16 as in float32: {advised}"
-    assert bf16_warnings(config, CPU, lambda _: SLOWER - 0.01) == []
+    assert bf16_warnings(config, weights, CPU, lambda _: SLOWER - 0.01) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_told"),
+    [
+        (["adapter=lora", "training.mixed_precision=bf16"], True),
+        (["adapter=lora"], False),
+        (["training.mixed_precision=bf16"], False),
+        (["adapter=lora", "training.mixed_precision=bf16", "model.dtype=bfloat16"], False),
+    ],
+)
+def test_frozen_weights_that_are_cast_in_every_forward_are_told(overrides: list[str], is_told: bool) -> None:
+    weights = torch.bfloat16 if "model.dtype=bfloat16" in overrides else torch.float32
+    assert (
+        bool(about_frozen_weights(admitted("model=causal_lm", "model.checkpoint=x", *overrides).config, weights))
+        == is_told
+    )
 
 
 def test_nothing_is_measured_where_a_run_computes_in_float32() -> None:
     def measured(_device: torch.device) -> float:
         raise AssertionError("measured")
 
-    assert bf16_warnings(admitted().config, CPU, measured) == []
+    assert bf16_warnings(admitted().config, torch.float32, CPU, measured) == []
 
 
 def test_measuring_changes_neither_generators_nor_threads() -> None:

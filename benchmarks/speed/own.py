@@ -18,6 +18,7 @@ from src.data.dataset import build_data
 from src.data.tokenizer import load_tokenizer
 from src.model.adapters import add_adapter
 from src.progress import NO_PROGRESS
+from src.runtime.allocation import keep_freed_memory
 from src.runtime.session import start_runtime
 from src.runtime.signals import StopRequest
 from src.training.assembly import assemble_model
@@ -57,6 +58,7 @@ def bare(
     model = auto.from_pretrained(checkpoint_of(workload, settings, folder), dtype=getattr(torch, workload.dtype))
     add_adapter(model, config)
     draw_adapter(model, settings.seed)
+    keep_freed_memory(sum(p.nbytes for p in model.parameters()))  # a setting of the process, not of a loop
     loss_model = ModelWithLoss(model.to(watch.device)).train()
     loss_model.probe_head()
     trained = [p for p in model.parameters() if p.requires_grad]

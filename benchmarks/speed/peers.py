@@ -1,4 +1,8 @@
-"""transformers' Trainer and TRL's SFTTrainer, on the same weights and rows; where batches are padded, in one order."""
+"""transformers' Trainer and TRL's SFTTrainer, on the same weights and rows, and in the same batches unless packed.
+
+Their own grouping by length sorts 50 batches at a time only where an epoch has 200 and more; with fewer it pads more
+than on real data. So they are given the batches of Towline's.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ from transformers import (
 )
 
 from benchmarks.speed.measuring import StepSize, Stopwatch, draw_adapter
-from benchmarks.speed.preparing import checkpoint_of
+from benchmarks.speed.preparing import checkpoint_of, ids_file
 from benchmarks.speed.workloads import Settings, Way, Workload
 
 IGNORED = -100  # the label of what is not supervised
@@ -39,7 +43,7 @@ def train(
     checkpoint = checkpoint_of(workload, settings, folder)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = _model(workload, way, settings, checkpoint)
-    with (folder / "ids.jsonl").open(encoding="utf-8") as lines:
+    with ids_file(folder, way.batching).open(encoding="utf-8") as lines:
         rows = datasets.Dataset.from_list([json.loads(line) for line in lines])
     with tempfile.TemporaryDirectory() as output:
         arguments = _arguments(workload, way, settings, batch_size, output)
@@ -115,7 +119,7 @@ def _arguments(workload: Workload, way: Way, settings: Settings, batch_size: int
         "output_dir": output,
         "num_train_epochs": 1,
         "per_device_train_batch_size": batch_size,
-        "train_sampling_strategy": "group_by_length" if way.batching == "length_grouped" else "sequential",
+        "train_sampling_strategy": "sequential",
         "learning_rate": workload.lr,
         "lr_scheduler_type": "constant",
         "optim": "adamw_torch_fused",

@@ -32,6 +32,7 @@ from src.training.state import build_batch_sampler
 TOKENIZER_ROWS, TOKENIZER_SIZE = 4000, 8192
 HEAD_WIDTH = 64
 TAGS = ["<ToW>", "</ToW>"]
+ORDERS = ("padded", "length_grouped")
 
 
 @dataclass(frozen=True)
@@ -51,21 +52,27 @@ class Facts:
 
 
 def prepare(workload: Workload, settings: Settings, folder: Path) -> None:
-    """Write the model, the rows as text and as ids in Towline's order, and the facts, into a folder."""
+    """Write the model, the rows as text and as ids in Towline's orders, and the facts, into a folder."""
     source = texts.pairs(settings.rows_file, settings.seed)
     if workload.architecture is not None:
         _make_model(workload, list(islice(source, TOKENIZER_ROWS)), settings, folder / "model")
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
         for row in islice(texts.rows(workload.texts, source), settings.num_rows(workload)):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    config = configure(workload, settings, folder, "padded", workload.batch_size)
-    rows = encoded(config)
-    with (folder / "ids.jsonl").open("w", encoding="utf-8") as file:
-        for window in epoch(rows, config):
-            for [index] in window.micro_batches[0][1]:
-                file.write(json.dumps(_ids(rows, index)) + "\n")
+    for batching in ORDERS:
+        config = configure(workload, settings, folder, batching, workload.batch_size)
+        rows = encoded(config)
+        with ids_file(folder, batching).open("w", encoding="utf-8") as file:
+            for window in epoch(rows, config):
+                for [index] in window.micro_batches[0][1]:
+                    file.write(json.dumps(_ids(rows, index)) + "\n")
     facts = _facts(workload, config, rows)
     (folder / "facts.json").write_text(json.dumps(dataclasses.asdict(facts)), encoding="utf-8")
+
+
+def ids_file(folder: Path, batching: str) -> Path:
+    """Return the file of a workload's rows for the peers, in the order of Towline's padded or grouped batches."""
+    return folder / f"ids-{batching if batching in ORDERS else ORDERS[0]}.jsonl"
 
 
 def _make_model(workload: Workload, pairs: Sequence[texts.Pair], settings: Settings, folder: Path) -> None:

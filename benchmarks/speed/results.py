@@ -64,11 +64,16 @@ class Results:
 
     def disagreements(self) -> list[str]:
         """Return where losses differ that have to agree: of ways that feed the same batches, at every step."""
+        ways = [WAYS[name] for name in self.rounds if WAYS[name].follows_order]
+        orders = dict.fromkeys(way.batching for way in ways)
+        return [one for order in orders for one in self._disagreements([w.name for w in ways if w.batching == order])]
+
+    def _disagreements(self, names: Sequence[str]) -> list[str]:
         tolerance = TOLERANCES["bf16" if self.workload.dtype == "bfloat16" else self.mixed_precision]
-        ordered = [(name, one) for name, all_of in self.rounds.items() for one in all_of if WAYS[name].follows_order]
+        ordered = [(name, one) for name in names for one in self.rounds[name]]
+        first, reference = ordered[0]
         found = []
         for name, one in ordered[1:]:
-            first, reference = ordered[0]
             pairs = list(zip(one.losses, reference.losses, strict=False))
             if len(one.losses) != len(reference.losses):
                 found.append(f"{name} made {len(one.losses)} steps, {first} {len(reference.losses)}")

@@ -89,8 +89,8 @@ class Way:
 
     @property
     def follows_order(self) -> bool:
-        """Whether it feeds the workload's batches in their order, so that its losses are those of the others."""
-        return self.batching == "padded"
+        """Whether it feeds the batches in the order of the others that batch so: then their losses agree."""
+        return self.batching != "packed"
 
     @property
     def packages(self) -> tuple[str, ...]:

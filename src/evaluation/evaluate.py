@@ -84,11 +84,12 @@ class Evaluator:
         lengths = np.stack([rows.lengths[:count], rows.target_lengths[:count]])
         batches = similar_batches(lengths, self.generator.batch_size)
         with self.progress.work("evaluating", rows.name, count) as advance:
-            for chosen, is_real in self.runtime.split(batches):
+            rounds = self.runtime.rounds(batches)
+            for together, (chosen, is_real) in zip(rounds, self.runtime.split(batches), strict=True):
                 self.runtime.check_stop()
                 batch = collate(rows, [[i] for i in chosen], self.generator.pad_token_id)
                 losses = self.loss_model(**batch.to(self.runtime.device).inputs())
-                advance(len(chosen) * self.runtime.num_processes)
+                advance(sum(map(len, together)))
                 if not is_real:
                     continue
                 nll = losses.nll.double().cpu()

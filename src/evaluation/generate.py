@@ -117,7 +117,8 @@ class Generator:
         batches = [batch for group in alike for batch in self._batches(group, prompts, is_alone=is_alone)]
         at_once = size * num_best * self.runtime.num_processes
         with self.progress.work("generating", what, len(prompts) * count, "texts", at_once) as advance:
-            for batch, is_real in self.runtime.split(batches):
+            rounds = self.runtime.rounds(batches)
+            for together, (batch, is_real) in zip(rounds, self.runtime.split(batches), strict=True):
                 self.runtime.check_stop()
                 draws = [(first_row + i, sample) for i, sample in batch]
                 global_seed = int(np.random.SeedSequence([seed, draws[0][0]]).generate_state(1)[0])
@@ -128,7 +129,7 @@ class Generator:
                 if is_real:
                     numbers = [i * count + sample + best for i, sample in batch for best in range(num_best)]
                     local |= dict(zip(numbers, generated, strict=True))
-                advance(len(generated) * self.runtime.num_processes)
+                advance(sum(map(len, together)) * num_best)
         self.runtime.check_stop()
         self.model.train(training)
         completions = {number: one for process in self.runtime.gather(local) for number, one in process.items()}

@@ -34,7 +34,7 @@ from src.model.quantization import check_quantisable
 from src.model.untrained import stored_untrained_tokens
 from src.runtime.allocation import resident_bytes
 from src.runtime.collector import collect_from_here
-from src.runtime.precision import device_of, with_precision
+from src.runtime.precision import about_frozen_weights, device_of, with_precision
 from src.runtime.products import bf16_warnings
 from src.tracking.console import Console
 from src.training.loss import part_weights
@@ -83,7 +83,8 @@ def inspect_run(job: Job, console: Console, libraries_bytes: int) -> int:
         *about_schedule(config, forecast.work.num_steps, forecast.work.num_steps_per_epoch),
         *about_initialised_rows(new_tokens, initialised),
         *about_disk(forecast.disk),
-        *(Finding(Level.warning, text) for text in bf16_warnings(config, device_of(config))),
+        *(Finding(Level.warning, text) for text in bf16_warnings(config, model.dtype, device_of(config))),
+        *(Finding(Level.note, text) for text in about_frozen_weights(config, model.dtype)),
     ]
     found.sort(key=lambda finding: list(Level).index(finding.level))
     code = show_findings(console, found, proofs, paint)

@@ -37,3 +37,12 @@ def with_precision(config: RunConfig, chosen: str | None = None) -> RunConfig:
         return config
     precision = choose_precision(device_of(config)) if chosen is None else MixedPrecision(chosen)
     return replace(config, training=replace(config.training, mixed_precision=precision))
+
+
+def about_frozen_weights(config: RunConfig, weights: torch.dtype) -> list[str]:
+    """Return a hint where frozen weights are cast in every forward, of which autocast keeps the trained ones only."""
+    is_mixed = config.training.mixed_precision is MixedPrecision.bf16
+    if not (is_mixed and config.adapter.is_on and weights is torch.float32) or config.quantization.is_on:
+        return []
+    text = "the frozen weights are float32, and cast to bf16 in every forward: model.dtype=bfloat16 saves that"
+    return [f"{text}, and half of their memory"]

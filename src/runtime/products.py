@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from src.config.schema import Dtype, MixedPrecision, RunConfig
+from src.config.schema import MixedPrecision, RunConfig
 
 BUDGET_SECONDS = 0.04  # of a type
 SLOWER = 1.25
@@ -61,16 +61,21 @@ def bf16_slowdown(device: torch.device) -> float:
 
 
 def bf16_warnings(
-    config: RunConfig, device: torch.device, slowdown: Callable[[torch.device], float] = bf16_slowdown
+    config: RunConfig,
+    weights: torch.dtype,
+    device: torch.device,
+    slowdown: Callable[[torch.device], float] = bf16_slowdown,
 ) -> list[str]:
     """Return a warning where a run computes in bf16, and the device takes longer for it than for float32.
 
-    `slowdown` measures it, where it matters: many processors compute bf16 by converting each number.
+    Args:
+        weights: the type of the model's weights as they are loaded.
+        slowdown: measures it, where it matters: many processors compute bf16 by converting each number.
     """
     instead = []
     if config.training.mixed_precision is MixedPrecision.bf16:
         instead.append("training.mixed_precision=no")
-    if config.model.dtype is Dtype.bfloat16:
+    if weights is torch.bfloat16:
         instead.append("model.dtype=float32 (twice the memory)")
     if not instead or (times := slowdown(device)) < SLOWER:
         return []

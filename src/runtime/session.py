@@ -127,16 +127,19 @@ class Runtime:
         """Wait until every process is here."""
         self._accelerator.wait_for_everyone()
 
+    def rounds(self, items: Sequence[T]) -> list[Sequence[T]]:
+        """Return what all processes together take of each item that `split` gives this one."""
+        return [items[start : start + self.num_processes] for start in range(0, len(items), self.num_processes)]
+
     def split(self, items: Sequence[T]) -> Iterator[tuple[T, bool]]:
         """Yield the items of this process, and whether each is a real one or a filler.
 
         All processes get the same number, because they compute together: where the items don't divide evenly, some
         get a filler, whose results are dropped.
         """
-        n = self.num_processes
-        for start in range(0, len(items), n):
-            is_real = start + self.rank < len(items)
-            yield items[start + self.rank if is_real else start], is_real
+        for together in self.rounds(items):
+            is_real = self.rank < len(together)
+            yield together[self.rank if is_real else 0], is_real
 
     def check_stop(self, asked: float | None = None) -> None:
         """Stop all processes here, with an Interrupted that names what asked, if any was asked to stop.

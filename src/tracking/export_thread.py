@@ -65,8 +65,8 @@ class ExportThread:
     Args:
         cleanup: an exporter whose last turn comes once all others are over.
         waits: hold everything back until `rewind`: it is not known yet which lines of the folder stay.
-        pause_seconds: at most, before the first delivery; `rewind` ends it too: trackers' libraries take a second and
-            more to be imported, which would slow down what is imported for the run.
+        pause_seconds: at most, before the first delivery; `release` ends it too: trackers' libraries take a second and
+            more to be imported, which would slow down what is imported for the run, and its first steps.
         warn: takes, once each, the problems that the user must fix, and outages.
         say: takes the end of an outage.
     """
@@ -88,6 +88,7 @@ class ExportThread:
         self._lanes = [_Lane(one) for one in (*exporters, *([cleanup] if cleanup else []))]
         for lane in self._lanes:
             lane.pause(pause_seconds)
+        self._is_held = pause_seconds > 0
         self._waits = waits
         self._warn, self._say = warn, say
         self._warned: set[str] = set()
@@ -124,9 +125,14 @@ class ExportThread:
             for exporter in self.exporters:
                 exporter.rewind(num_kept, cut)
             self._waits = False
-        for lane in self._lanes:
-            lane.pause(0.0)
         self.notify()
+
+    def release(self) -> None:
+        """End the pause before the first delivery, if it is not over."""
+        if self._is_held:
+            self._is_held = False
+            for lane in self._lanes:
+                lane.pause(0.0)
 
     def connect(self) -> None:
         """Wait until each tracker was reached, but not for a server that is slow or gone."""

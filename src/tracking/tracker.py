@@ -29,7 +29,7 @@ from src.tracking.step_logs import METRICS, SAMPLES, metrics_of
 from src.tracking.system_metrics import Measure, system_metrics_of
 
 Digests = Mapping[str, Any] | None
-START_SECONDS = 30.0  # at most, that a tracker waits for the first step before its library is imported
+START_SECONDS = 30.0  # at most, that a tracker waits for the first line before its library is imported
 
 
 class LoggedStep(Protocol):
@@ -249,6 +249,7 @@ class FolderTracker(Tracker):
             self.console.evaluation(step, evaluated)
         self._note(step, metrics)
         self._folder.set_status()
+        self._exports.release()
         self._exports.notify()
 
     def _note(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -156,5 +156,5 @@ def run_warnings(config: RunConfig, data: Data, tokenizer: Any, state: TrainStat
     """Return what will likely make the training worse, or slower, than it could be: data, schedule, precision."""
     about = [*advice(config, data, tokenizer), *about_schedule(config, state.num_steps, state.steps_per_epoch)]
     found = [one.text for one in about if one.level is not Level.note]
-    slow = bf16_warnings(config, runtime.device)
+    slow = bf16_warnings(config, state.model.dtype, runtime.device)
     return [*found, *warmup_warnings(config.scheduler, state.num_steps), *slow]

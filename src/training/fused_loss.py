@@ -54,7 +54,8 @@ def fused_losses(
 ) -> tuple[Tensor, Tensor]:
     """Compute the weighted sum of the smoothed losses, and the negative log-likelihood of each target, in nats.
 
-    Only the sum has a gradient, for states, weight and bias, and it can't be differentiated twice.
+    Only the sum has a gradient, for states, weight and bias. It can't be differentiated twice, and backward is called
+    once, because it scales gradients in place.
 
     Args:
         states: [positions, width].
@@ -96,8 +97,8 @@ class _FusedLosses(torch.autograd.Function):
     def backward(ctx: Any, of_sum: Tensor, _of_nll: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True; the gradients would count as constants
             raise RuntimeError("the fused loss can't be differentiated twice")
-        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        scaled = [None if one is None else (one * of_sum).to(dtype) for one, dtype in gradients]
+        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)  # in place: no second one of the matrix
+        scaled = [None if one is None else one.mul_(of_sum).to(dtype) for one, dtype in gradients]
         return (*scaled, None, None, None, None, None)
 
 
@@ -159,9 +160,9 @@ def _to_gradients(logits: Tensor, targets: Tensor, cap: float | None, label_smoo
     of_target, most = logits.gather(1, at), logits.amax(1, keepdim=True)
     mean = logits.mean(1, keepdim=True) if label_smoothing else most
     torch.softmax(logits, 1, out=logits)
-    log_sum = most - logits.amax(1, keepdim=True).log()  # of a target's probability it would be inf, where that is 0
-    nll = log_sum - of_target
-    losses = torch.lerp(nll, log_sum - mean, label_smoothing) if label_smoothing else nll
+    of_most = logits.amax(1, keepdim=True).log()  # a target's own would be -inf where its probability rounds to 0
+    nll = (most - of_target) - of_most
+    losses = torch.lerp(nll, (most - mean) - of_most, label_smoothing) if label_smoothing else nll
     logits.scatter_add_(1, at, torch.full_like(nll, label_smoothing - 1))
     if label_smoothing:
         logits.sub_(label_smoothing / logits.shape[1])
