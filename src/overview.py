@@ -98,6 +98,7 @@ def _steps(config: RunConfig, state: TrainState) -> str:
     sequences = f"{sampler.size * sampler.micro_batches_per_step:,} {rows}"
     if sampler.counts_tokens:
         sequences = f"as many rows as fit in {sampler.micro_batches_per_step} x {sampler.token_budget:,} positions"
+    sequences += "" if state.row_bounds is None else ", without padding"
     grouped = f"\n{about_choice(sampler)}" if sampler.saved_share is not None else ""
     if state.steps_per_epoch is None:
         why = "" if sampler.counts_tokens else ", epochs are of different length, as thoughts fade"

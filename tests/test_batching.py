@@ -22,9 +22,11 @@ from src.config.schema import Batching, RunConfig
 from src.data.batching import (
     Batch,
     BatchSampler,
+    RowBounds,
     Sequences,
     Window,
     collate,
+    flash_bounds,
     pack,
     similar_batches,
     steps_per_epoch,
@@ -41,6 +43,7 @@ from src.model.build import build_model, set_generation
 from src.runtime.session import Runtime
 from src.training.head import ModelWithLoss, shifted
 from src.training.loop import train
+from src.training.padding_free import find_row_bounds, row_lengths
 from src.training.state import build_batch_sampler, build_train_state
 from tests.conftest import admitted, towline, write_lines
 from tests.kinds import byte_bpe
@@ -242,6 +245,33 @@ def test_a_few_positions_are_no_reason_to_group(
     assert choose_batching(rows, BatchSampler(Batching.auto, 4, 1, 64), 0).batching is expected
 
 
+@pytest.mark.parametrize(
+    ("overrides", "batching", "is_padding_free"),
+    [
+        ([], "padded", True),
+        (["data.batching=padded"], "padded", True),
+        (["data.batching=packed"], "packed", True),
+        (["data.batching=length_grouped"], "length_grouped", True),
+        (["training.per_device_train_batch_size=1"], "padded", False),  # nothing to pad
+        (["model.attn_implementation=eager"], "length_grouped", False),
+        (["model.attn_implementation=eager", "data.batching=packed"], "packed", False),
+        (["runtime.compile=true"], "length_grouped", False),
+        (
+            ["model.attn_implementation=flash_attention_2", "runtime.device=auto", "data.batching=packed"],
+            "packed",
+            True,
+        ),
+    ],
+    ids=str,
+)
+def test_rows_lie_in_one_sequence_where_that_saves_enough(
+    rows: EncodedSet, overrides: list[str], batching: str, is_padding_free: bool
+) -> None:
+    config = admitted("training.per_device_train_batch_size=8", *overrides).config
+    sampler = build_batch_sampler(config, rows)
+    assert (sampler.batching.value, sampler.is_padding_free) == (batching, is_padding_free)
+
+
 def padded_tokens(rows: EncodedSet, batching: Batching) -> int:
     plan = BatchSampler(batching, 4, 1, max_tokens=64)
     return sum(
@@ -326,7 +356,7 @@ def test_packed_rows_count_their_positions_anew_and_so_does_padding(rows: Encode
 
 
 def test_the_flat_form_has_no_padding_and_the_bounds_of_rows(rows: EncodedSet) -> None:
-    batch = collate(rows, [[3, 0], [1]], PAD, padding_free=True)
+    batch = collate(rows, [[3, 0], [1]], PAD, flash_bounds)
     lengths = [len(rows[i].input_ids) for i in (3, 0, 1)]
     assert batch.input_ids.tolist() == [[*rows[3].input_ids, *rows[0].input_ids, *rows[1].input_ids]]
     assert batch.position_ids is not None
@@ -382,11 +412,11 @@ def model_of(config: str, settings: dict[str, Any], attention: str | None = None
 
 
 def row_losses(
-    loss_model: ModelWithLoss, rows: EncodedSet, sequences: Sequences, *, padding_free: bool = False
+    loss_model: ModelWithLoss, rows: EncodedSet, sequences: Sequences, bounds: RowBounds | None = None
 ) -> dict[int, float]:
     """Give each row's loss within a batch: the labels of all others are masked."""
-    batch = collate(rows, sequences, PAD, padding_free=padding_free)
-    losses, here = {}, [list(chain.from_iterable(sequences))] if padding_free else sequences
+    batch = collate(rows, sequences, PAD, bounds)
+    losses, here = {}, sequences if bounds is None else [list(chain.from_iterable(sequences))]
     for i, sequence in enumerate(here):
         start = 0
         for row in sequence:
@@ -414,7 +444,42 @@ def test_a_packed_row_has_the_loss_that_it_has_alone(
     padded = row_losses(loss_model, rows, [[row] for row in alone])
     assert padded == pytest.approx(alone, rel=1e-5)
     assert row_losses(loss_model, rows, packed) == pytest.approx(alone, rel=1e-5)
-    assert row_losses(loss_model, rows, packed, padding_free=True) == pytest.approx(alone, rel=1e-5)
+    assert row_losses(loss_model, rows, packed, flash_bounds) == pytest.approx(alone, rel=1e-5)
+
+
+BY_ROWS_TOO = SEPARATE | {
+    "Qwen 2": ("Qwen2Config", LLAMA),
+    "Gemma": ("GemmaConfig", {**LLAMA, "head_dim": 16}),
+    "Gemma 3, sliding": ("Gemma3TextConfig", {**LLAMA, "head_dim": 16, "sliding_window": 5, "num_hidden_layers": 6}),
+    "Phi-3": ("Phi3Config", LLAMA),
+    "GPT-NeoX": ("GPTNeoXConfig", {**LLAMA, "intermediate_size": 64}),
+    "Mixtral": ("MixtralConfig", {**LLAMA, "num_local_experts": 2}),
+    "Granite": ("GraniteConfig", LLAMA),
+    "OPT": ("OPTConfig", {**SIZES, **SPECIAL, "ffn_dim": 64, "num_attention_heads": 2, "word_embed_proj_dim": 32}),
+}
+
+
+@pytest.mark.parametrize(("config", "settings"), BY_ROWS_TOO.values(), ids=BY_ROWS_TOO)
+def test_a_row_attended_to_by_itself_has_the_loss_and_gradient_that_it_has_alone(
+    rows: EncodedSet, config: str, settings: dict[str, Any]
+) -> None:
+    loss_model = ModelWithLoss(model_of(config, settings, "sdpa")).eval()
+    loss_model.probe_head()
+    batch = [[0], [5], [9], [3], [7]]
+    padded = collate(rows, batch, PAD).inputs()
+    loss_model(**padded).objective.backward()
+    expected = {name: one.grad for name, one in loss_model.named_parameters()}
+    losses = row_losses(loss_model, rows, batch)
+    loss_model.zero_grad()
+    sampler = BatchSampler(Batching.padded, 8, 1, 64, is_padding_free=True)
+    assert find_row_bounds(loss_model, sampler, admitted().config) is row_lengths
+    assert row_losses(loss_model, rows, batch, row_lengths) == pytest.approx(losses, rel=1e-5)
+    loss_model(**collate(rows, batch, PAD, row_lengths).inputs()).objective.backward()
+    for name, one in loss_model.named_parameters():
+        torch.testing.assert_close(one.grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+    for name, value in collate(rows, batch, PAD).inputs().items():  # it is sdpa otherwise
+        assert torch.equal(value, padded[name])
+    assert row_losses(loss_model, rows, batch) == losses
 
 
 def test_the_default_model_is_one_of_them(rows: EncodedSet) -> None:
@@ -458,6 +523,16 @@ def test_a_model_that_lets_packed_rows_see_each_other_is_refused(config: str, se
     with pytest.raises(ModelError, match=r"packed(.|\n)*data\.batching=length_grouped or padded"):
         loss_model.check_packing()
     assert not loss_model.model.training  # as it was
+
+
+@pytest.mark.parametrize("name", [name for name in MIXED if name != "OPT"])
+def test_a_model_that_can_not_be_told_of_rows_is_fed_padded_ones(name: str) -> None:
+    config, settings = MIXED[name]
+    loss_model = ModelWithLoss(model_of(config, settings)).eval()
+    attention = loss_model.model.config._attn_implementation
+    sampler = BatchSampler(Batching.padded, 8, 1, 64, is_padding_free=True)
+    assert find_row_bounds(loss_model, sampler, admitted().config) is None
+    assert loss_model.model.config._attn_implementation == attention
 
 
 def test_packing_is_refused_before_training(tmp_path: Path, runtime: Runtime) -> None:

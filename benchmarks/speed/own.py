@@ -25,7 +25,8 @@ from src.training.assembly import assemble_model
 from src.training.head import ModelWithLoss
 from src.training.loop import train
 from src.training.optim import parameter_groups
-from src.training.state import build_train_state
+from src.training.padding_free import find_row_bounds
+from src.training.state import build_batch_sampler, build_train_state
 
 
 def towline(
@@ -61,6 +62,7 @@ def bare(
     keep_freed_memory(sum(p.nbytes for p in model.parameters()))  # a setting of the process, not of a loop
     loss_model = ModelWithLoss(model.to(watch.device)).train()
     loss_model.probe_head()
+    bounds = find_row_bounds(loss_model, build_batch_sampler(config, rows), config)
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = parameter_groups(trained, config.optimizer.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=workload.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
@@ -69,7 +71,7 @@ def bare(
     watch.start()
     for number, window in enumerate(epoch(rows, config), start=1):
         [(block, sequences)] = window.micro_batches
-        batch = collate(block, sequences, pad_token_id)
+        batch = collate(block, sequences, pad_token_id, bounds)
         with autocast:
             losses = loss_model(**batch.to(watch.device).inputs())
         loss = losses.objective / batch.num_supervised
@@ -83,10 +85,11 @@ def bare(
 
 def step_sizes(rows: Any, config: RunConfig) -> list[StepSize]:
     """Return the size of each step of the epoch."""
-    return [_size(rows, window) for window in epoch(rows, config)]
+    is_padding_free = build_batch_sampler(config, rows).is_padding_free
+    return [_size(rows, window, is_padding_free=is_padding_free) for window in epoch(rows, config)]
 
 
-def _size(rows: Any, window: Window) -> StepSize:
+def _size(rows: Any, window: Window, *, is_padding_free: bool) -> StepSize:
     [(_, sequences)] = window.micro_batches
     lengths, targets, supervised = rows.lengths, rows.target_lengths, rows.supervised_lengths()
 
@@ -96,7 +99,9 @@ def _size(rows: Any, window: Window) -> StepSize:
     def padded(values: Any) -> int:
         return len(sequences) * _longest([[int(values[row]) for row in sequence] for sequence in sequences])
 
-    return StepSize(total(lengths) + total(targets), total(supervised), padded(lengths) + padded(targets))
+    num_tokens = total(lengths) + total(targets)
+    num_positions = num_tokens if is_padding_free else padded(lengths) + padded(targets)
+    return StepSize(num_tokens, total(supervised), num_positions)
 
 
 def _longest(sequences: Sequence[Sequence[int]]) -> int:

@@ -19,6 +19,8 @@ from src.errors import DataError
 
 GROUP_STEPS = 50  # steps whose rows are sorted by length together, for Batching.length_grouped
 Sequences = list[list[int]]  # rows of a micro-batch by sequence: one row in each, or several where they are packed
+RowBounds = Callable[[Sequence[int]], dict[str, Any]]
+"""Makes of the lengths of rows in one sequence the arguments by which the model keeps them apart."""
 
 
 @dataclass
@@ -32,7 +34,7 @@ class Batch:
     `row_weights`, of the same shape, is the weight of each label's row in the loss; None where all weigh 1.
     `label_positions` [supervised] are where labels are supervised, see positions_of_labels.
     `part_counts` [parts] are the supervised tokens of each part, `part_weights` [parts] the sums of their rows'
-    weights. `bounds` are the rows', for FlashAttention's padding-free form: see row_bounds.
+    weights. `bounds` tell the model which rows lie in a sequence that has no padding: see RowBounds.
     """
 
     input_ids: Tensor
@@ -83,7 +85,8 @@ class BatchSampler:
 
     `batch_size` counts sequences, `micro_batches_per_step` those of all processes; packed ones hold up to `max_tokens`.
     With a `token_budget` a micro-batch has as many rows as fit in so many positions, padding included; a row that is
-    longer is alone. `saved_share` is the share of positions for which Batching.auto chose to group, from 0 to 1.
+    longer is alone. `saved_share` is the share of positions for which Batching.auto chose to group, from 0 to 1. Where
+    it `is_padding_free`, all rows of a micro-batch are to lie in one sequence.
     """
 
     batching: Batching  # not auto
@@ -92,6 +95,7 @@ class BatchSampler:
     max_tokens: int
     token_budget: int | None = None
     saved_share: float | None = None
+    is_padding_free: bool = False
 
     def micro_batches_of(self, rows: EncodedSet, seed: Sequence[int], num_taken: int = 0) -> list[Sequences]:
         """Do the same with a set, whose lengths are computed only where they count."""
@@ -329,13 +333,13 @@ class LabelledRows(Protocol):
     def __getitem__(self, index: int) -> LabelledRow: ...
 
 
-def collate(rows: LabelledRows, sequences: Sequences, pad_token_id: int, *, padding_free: bool = False) -> Batch:
+def collate(rows: LabelledRows, sequences: Sequences, pad_token_id: int, bounds: RowBounds | None = None) -> Batch:
     """Collate rows, padded on the right to the longest sequence; several rows in a sequence are packed.
 
-    With `padding_free` all are in a single sequence without padding, for FlashAttention.
+    With `bounds` all are in a single sequence, without padding.
     """
     indices = [index for sequence in sequences for index in sequence]
-    packed = [[rows[index] for index in sequence] for sequence in ([indices] if padding_free else sequences)]
+    packed = [[rows[index] for index in sequence] for sequence in (sequences if bounds is None else [indices])]
     each = [row for sequence in packed for row in sequence]
 
     def padded(column: Callable[[LabelledRow], Any], filler: int, dtype: torch.dtype = torch.long) -> Tensor:
@@ -363,10 +367,10 @@ def collate(rows: LabelledRows, sequences: Sequences, pad_token_id: int, *, padd
     if rows.is_encoder_decoder:
         batch.attention_mask = padded(lambda row: np.ones(len(row.input_ids)), 0)
         batch.target_ids = padded(lambda row: row.target_ids, pad_token_id)
-    elif padding_free or len(each) > len(packed):
+    elif bounds is not None or len(each) > len(packed):
         batch.position_ids = torch.from_numpy(_positions(packed, batch.input_ids.shape[1]))
-    if padding_free:
-        batch.bounds = row_bounds([len(row.input_ids) for row in each], batch.input_ids.device)
+    if bounds is not None:
+        batch.bounds = bounds([len(row.input_ids) for row in each])
     return batch
 
 
@@ -381,9 +385,9 @@ def positions_of_labels(labels: Tensor, *, is_causal: bool) -> Tensor:
     return is_supervised.flatten().nonzero().squeeze(1)
 
 
-def row_bounds(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
-    """Return the bounds of rows in one sequence as transformers' arguments; cumulated lengths are [rows + 1]."""
-    cumulated = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32, device=device)
+def flash_bounds(lengths: Sequence[int]) -> dict[str, Any]:
+    """Return the bounds of rows in one sequence as FlashAttention takes them; cumulated lengths are [rows + 1]."""
+    cumulated = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32)
     longest = max(lengths)
     return {"cu_seq_lens_q": cumulated, "cu_seq_lens_k": cumulated, "max_length_q": longest, "max_length_k": longest}
 

@@ -1,4 +1,5 @@
-"""Whether rows are grouped by length, where that is left open (`data.batching=auto`): counted, not guessed."""
+"""How much of what is computed would be padding, and whether rows are grouped by length, where that is left open
+(`data.batching=auto`): counted, not guessed."""
 
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from src.data.batching import BatchSampler
 from src.data.sets import EncodedSet
 
 LEAST_SAVING = 0.05
-"""Share of the positions that grouping must save."""
+"""Share of the positions that grouping, or computing without padding, must save."""
 
 
 def num_positions(rows: EncodedSet, sampler: BatchSampler, seed: int) -> int:
@@ -21,6 +22,11 @@ def num_positions(rows: EncodedSet, sampler: BatchSampler, seed: int) -> int:
     flat = np.array([row for sequence in each for row in sequence])
     of_sequences = (np.add.reduceat(lengths[flat], num_rows) for lengths in (rows.lengths, rows.target_lengths))
     return sum(int((np.maximum.reduceat(one, first[:-1]) * np.diff(first)).sum()) for one in of_sequences)
+
+
+def padding(rows: EncodedSet, sampler: BatchSampler, seed: int) -> float:
+    """Return the share of the first epoch's positions that are padding, from 0 to 1."""
+    return 1 - rows.num_tokens / num_positions(rows, sampler, seed)
 
 
 def choose_batching(rows: EncodedSet, sampler: BatchSampler, seed: int) -> BatchSampler:

@@ -12,8 +12,7 @@ import numpy as np
 
 from src.config.schema import Batching, RunConfig
 from src.data.advice import Finding, Level, advice
-from src.data.batching import BatchSampler
-from src.data.batching_choice import num_positions
+from src.data.batching_choice import padding
 from src.data.chat_render import CHANGED, MISSING, squeezed
 from src.data.dataset import Data
 from src.data.encoding import IGNORE_INDEX, Encoder
@@ -277,16 +276,11 @@ def _about_batches(config: RunConfig, train: EncodedSet, num_steps: int) -> Iter
     wasted = {way: padding(train, replace(sampler, batching=way), config.seed) for way in ways}
     now = wasted.pop(sampler.batching)
     others = ", ".join(f"{share:.0%} with {batching.value}" for batching, share in wasted.items())
-    if now > MUCH_PADDING and min(wasted.values()) < now / 2:
+    if not sampler.is_padding_free and now > MUCH_PADDING and min(wasted.values()) < now / 2:
         yield Finding(Level.note, f"{now:.0%} of what is computed is padding; it would be {others} (data.batching)")
     if num_steps < FEW_STEPS:
         text = f"only {plural(num_steps, 'optimizer step')}: a smaller batch or more epochs make more"
         yield Finding(Level.note, text)
-
-
-def padding(rows: EncodedSet, batch_sampler: BatchSampler, seed: int) -> float:
-    """Return the share of the first epoch's positions that are padding, from 0 to 1."""
-    return 1 - rows.num_tokens / num_positions(rows, batch_sampler, seed)
 
 
 def row_checksums(rows: EncodedSet) -> list[tuple[int, int]]:

@@ -80,7 +80,7 @@ def _measure_training(state: TrainState, work: Workload, runtime: Runtime) -> tu
     state.loss_model.train()
 
     def inputs(sequences: Sequences) -> dict[str, Any]:
-        return collate(work.train, sequences, pad, padding_free=state.is_padding_free).to(runtime.device).inputs()
+        return collate(work.train, sequences, pad, state.row_bounds).to(runtime.device).inputs()
 
     widest = inputs(work.micro_batches[work.shapes.index(work.widest)])
     losses: list[TokenLosses] = []

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -87,7 +88,9 @@ def plan_work(config: RunConfig, data: Data) -> Workload:
     batch_sampler = build_batch_sampler(config, data.train, config.runtime.world_size)
     num_steps, per_epoch = plan_steps(config, data.train, batch_sampler)
     micro_batches = batch_sampler.micro_batches_of(train, [config.seed, 0])
-    shapes = shapes_of(train, micro_batches, is_packed=batch_sampler.batching is Batching.packed)
+    fed = [[list(chain(*one))] for one in micro_batches] if batch_sampler.is_padding_free else micro_batches
+    is_packed = batch_sampler.batching is Batching.packed and not batch_sampler.is_padding_free
+    shapes = shapes_of(train, fed, is_packed=is_packed)
     times = num_times(settings.eval_steps, num_steps, per_epoch)
     evaluations = [_evaluation(rows, config, times) for rows in data.validation.values()]
     evaluations += [_evaluation(rows, config, 1) for rows in data.test.values()]

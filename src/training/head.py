@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from src.config.schema import LossConfig, Reduction
-from src.data.batching import row_bounds
+from src.data.batching import RowBounds
 from src.errors import ModelError
 from src.model.embeddings import num_embedding_rows
 from src.runtime.profiling import region
@@ -110,18 +110,19 @@ class ModelWithLoss(nn.Module):
             self.train(training)
 
     @torch.no_grad()
-    def check_packing(self, *, padding_free: bool = False) -> None:
+    def check_packing(self, bounds_of: RowBounds | None = None) -> None:
         """Check that a row packed after another has the logits that it has by itself, whatever the other is.
 
         Rows are kept apart by position_ids that begin at 0 again; an attention that ignores them would let every row
-        see the ones before it, and the loss would not show it: ModelError says so. FlashAttention's padding-free form
-        takes the rows' bounds too.
+        see the ones before it, and the loss would not show it: ModelError says so. The model is given `bounds_of` the
+        rows too, where it takes them.
         """
         first, second = self._probe(PROBE_LENGTH), self._probe(PROBE_LENGTH).flip(1)
         after_first, after_other = torch.cat([first, second], dim=1), torch.cat([second, second], dim=1)
         positions = torch.arange(PROBE_LENGTH, device=first.device)
         restarted = torch.cat([positions, positions])[None]
-        bounds = row_bounds([PROBE_LENGTH, PROBE_LENGTH], first.device) if padding_free else {}
+        bounds = {} if bounds_of is None else bounds_of([PROBE_LENGTH, PROBE_LENGTH])
+        bounds = {name: one.to(first.device) if isinstance(one, Tensor) else one for name, one in bounds.items()}
         training = self.training
         self.eval()
         try:

@@ -112,7 +112,7 @@ def _collated(window: Window, state: TrainState, runtime: Runtime, pad_token_id:
     """Collate this process's micro-batches of a step."""
     batches = []
     for (rows, sequences), is_real in runtime.split(window.micro_batches):
-        batch = collate(rows, sequences, pad_token_id, padding_free=state.is_padding_free)
+        batch = collate(rows, sequences, pad_token_id, state.row_bounds)
         batches.append(MicroBatch(rows, batch.pinned() if runtime.device.type == "cuda" else batch, is_real))
     return batches
 

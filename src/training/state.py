@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from src.checkpoint.locate import LEAST_SHARE
 from src.checkpoint.store import AnySnapshot, Snapshot
-from src.config.schema import Attention, Batching, RunConfig, TrainingConfig
-from src.data.batching import BatchSampler, Position, steps_per_epoch
+from src.config.schema import Batching, RunConfig, TrainingConfig
+from src.data.batching import BatchSampler, Position, RowBounds, steps_per_epoch
 from src.data.batching_choice import choose_batching
 from src.data.dataset import TrainSet
 from src.data.encoding import PARTS
@@ -27,6 +27,7 @@ from src.runtime.sharding import ShardedTensor, compute_weight, full_shape
 from src.training.head import ModelWithLoss
 from src.training.loss import part_losses
 from src.training.optim import build_optimizer, build_schedule, restore_schedule
+from src.training.padding_free import attends_by_rows, find_row_bounds, with_padding_free
 from src.util import listed
 
 
@@ -121,7 +122,7 @@ class TrainState:
     optimizer: Any
     schedule: LambdaLR
     batch_sampler: BatchSampler
-    is_padding_free: bool  # whether packed rows go into one sequence without padding, as FlashAttention takes them
+    row_bounds: RowBounds | None  # how the model is told of rows in one sequence without padding; None: they are padded
     num_steps: int
     steps_per_epoch: int | None  # none where epochs differ, or the train set is streamed, whose length is not known
     uses_full_logits: bool
@@ -284,7 +285,11 @@ def build_batch_sampler(
         config.data.max_seq_length,
         training.per_device_train_tokens,
     )
-    return choose_batching(train.first, sampler, config.seed) if batching is Batching.auto else sampler
+    if batching is Batching.auto and attends_by_rows(config, train.first):
+        sampler = replace(sampler, batching=Batching.padded)  # grouping would save nothing
+    elif batching is Batching.auto:
+        sampler = choose_batching(train.first, sampler, config.seed)
+    return with_padding_free(sampler, config, train.first)
 
 
 def plan_steps(
@@ -377,22 +382,19 @@ def build_train_state(
         loss_model.compile_training()
     if runtime.device.type == "cpu":
         keep_freed_memory(sum(p.nbytes for p in model.parameters()))
-    is_packed = batch_sampler.batching is Batching.packed
-    is_padding_free = is_packed and config.model.attn_implementation is Attention.flash_attention_2
     optimizer = build_optimizer(config.optimizer, loss_model.parameters(), embedding_parameters(model))
     schedule = build_schedule(config.scheduler, optimizer, num_steps)
     wrapped, wrapped_optimizer = runtime.prepare(loss_model, optimizer)
     with runtime.autocast():  # after Runtime.prepare: only then are sharded weights gathered for a forward
         loss_model.probe_head()
-        if is_packed:
-            loss_model.check_packing(padding_free=is_padding_free)
+        row_bounds = find_row_bounds(loss_model, batch_sampler, config)
     return TrainState(
         wrapped,
         model,
         wrapped_optimizer,
         schedule,
         batch_sampler,
-        is_padding_free,
+        row_bounds,
         num_steps,
         per_epoch,
         loss_model.uses_full_logits,
