@@ -1,17 +1,15 @@
 """Whether the rows of a micro-batch lie in one sequence, so that no padding is computed, and how a model is told."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
-import torch
-
-from src.config.schema import Attention, Batching, Device, RunConfig
+from src.config.schema import Attention, Batching, RunConfig
 from src.data.batching import BatchSampler, RowBounds, flash_bounds
 from src.data.batching_choice import LEAST_SAVING, padding
 from src.data.sets import EncodedSet
 from src.errors import ModelError
 from src.model.row_attention import BY_ROWS, SDPA, can_attend_by_rows, no_mask
+from src.runtime.precision import device_of
 from src.training.head import ModelWithLoss
 
 
@@ -28,7 +26,7 @@ def plans_padding_free(config: RunConfig, rows: EncodedSet, sampler: BatchSample
     is_packed = sampler.batching is Batching.packed
     if config.model.attn_implementation is Attention.flash_attention_2:
         return is_packed
-    if not attends_by_rows(config, rows):
+    if not len(rows) or not attends_by_rows(config, rows):
         return False
     return is_packed or padding(rows, sampler, config.seed) >= LEAST_SAVING
 
@@ -38,9 +36,9 @@ def attends_by_rows(config: RunConfig, rows: EncodedSet) -> bool:
 
     Compiled code would be compiled anew for other lengths.
     """
-    is_on_gpu = config.runtime.device is not Device.cpu and torch.cuda.is_available()
     is_sdpa = config.model.attn_implementation in (None, Attention.sdpa)
-    return is_sdpa and not (is_on_gpu or rows.is_encoder_decoder or config.runtime.compile)
+    is_on_cpu = device_of(config).type == "cpu"
+    return is_sdpa and is_on_cpu and not (rows.is_encoder_decoder or config.runtime.compile)
 
 
 def find_row_bounds(loss_model: ModelWithLoss, sampler: BatchSampler, config: RunConfig) -> RowBounds | None:
@@ -64,7 +62,3 @@ def find_row_bounds(loss_model: ModelWithLoss, sampler: BatchSampler, config: Ru
     if sampler.batching is Batching.packed:
         loss_model.check_packing()
     return None
-
-
-def with_padding_free(sampler: BatchSampler, config: RunConfig, rows: EncodedSet) -> BatchSampler:
-    return replace(sampler, is_padding_free=bool(len(rows)) and plans_padding_free(config, rows, sampler))

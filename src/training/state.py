@@ -27,7 +27,7 @@ from src.runtime.sharding import ShardedTensor, compute_weight, full_shape
 from src.training.head import ModelWithLoss
 from src.training.loss import part_losses
 from src.training.optim import build_optimizer, build_schedule, restore_schedule
-from src.training.padding_free import attends_by_rows, find_row_bounds, with_padding_free
+from src.training.padding_free import attends_by_rows, find_row_bounds, plans_padding_free
 from src.util import listed
 
 
@@ -289,7 +289,7 @@ def build_batch_sampler(
         sampler = replace(sampler, batching=Batching.padded)  # grouping would save nothing
     elif batching is Batching.auto:
         sampler = choose_batching(train.first, sampler, config.seed)
-    return with_padding_free(sampler, config, train.first)
+    return replace(sampler, is_padding_free=plans_padding_free(config, train.first, sampler))
 
 
 def plan_steps(
