@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from src.config.schema import LossConfig, Reduction
 from src.data.encoding import IGNORE_INDEX
@@ -194,9 +196,27 @@ def test_what_is_not_a_plain_matrix_is_called() -> None:
         assert not is_fused(head_of(get_peft_model(tiny(tie_word_embeddings=False), settings)))
 
 
-def test_called_and_fused_heads_agree_where_only_an_adapter_is_trained() -> None:
+def in_8_bits(folder: Path, **settings: Any) -> Any:
+    """Return the tiny model with its matrices in 8 bits, but those that settings leave out, and by default its head."""
+    tiny(tie_word_embeddings=False).save_pretrained(folder)
+    quantization = BitsAndBytesConfig(load_in_8bit=True, **settings)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.float32)
+
+
+def test_a_head_in_8_bits_is_called(tmp_path: Path) -> None:
+    model = in_8_bits(tmp_path, llm_int8_skip_modules=["model"])
+    assert model.lm_head.weight.dtype == torch.int8
+    loss_model, (input_ids, labels) = ModelWithLoss(model), batch()
+    loss_model.probe_head()
+    assert not is_fused(model.get_output_embeddings())
+    objective = loss_model(input_ids, labels).objective
+    torch.testing.assert_close(objective, reference(model, input_ids, labels), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("body", ["float32", "int8"])
+def test_called_and_fused_heads_agree_where_only_an_adapter_is_trained(tmp_path: Path, body: str) -> None:
     settings = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
-    model: Any = get_peft_model(tiny(), settings).base_model.model
+    model: Any = get_peft_model(tiny() if body == "float32" else in_8_bits(tmp_path), settings).base_model.model
     loss_model, (input_ids, labels) = ModelWithLoss(model), batch()
     loss_model.probe_head()
     assert is_fused(model.get_output_embeddings())

@@ -7,10 +7,10 @@ grouped ones in the same batches, so that their losses have to be equal at every
 not). Peers are given the batches of Towline's grouping: their own works only from 200 batches an epoch on, and is as
 good. Each measurement is a process of its own; rounds alternate forwards and backwards; warm-up steps are left out;
 medians are shown. Tokens are those of rows, without padding; the ratio that counts is that of tokens a second. "Of
-peak": the operations that the tokens need in matrix products, over the time, over the most that products of large
-matrices reach in these processes. Packed ways take as many packs a step as have the tokens of a padded one. Blocks
-are computed once, also in TRL's ways but for trl_default: TRL computes them again in backward unless it is told
-otherwise. KEY=VALUE change Towline's configuration.
+peak": the operations that the tokens need in matrix products, over the time, over what products of large matrices reach
+in these processes. Packed ways take as many packs a step as have the tokens of a padded one. Blocks are computed once,
+also in TRL's ways but for trl_default: TRL computes them again in backward unless it is told otherwise. KEY=VALUE
+change Towline's configuration.
 
 Figures differ from machine to machine; measure where nothing else runs. On a GPU: --device cuda (bf16, with a workload
 of 1B parameters).

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,8 @@ from benchmarks.speed.preparing import Facts
 from benchmarks.speed.workloads import Settings, Way, Workload
 from src.runtime.products import matmul_flops_per_second
 
-CALIBRATION_SECONDS = 1.0
+CALIBRATIONS, CALIBRATION_SECONDS = 10, 0.1
+"""What products of matrices reach is measured so often: their median, as clocks and other machines change it."""
 
 
 class StepSize(NamedTuple):
@@ -80,7 +82,7 @@ def measure(workload: Workload, way: Way, settings: Settings, folder: Path) -> M
         *measured,
         losses=[float(loss) for loss in watch.losses],
         peak_memory_bytes=memory,
-        peak_flops=matmul_flops_per_second(device, dtype, CALIBRATION_SECONDS),
+        peak_flops=median(matmul_flops_per_second(device, dtype, CALIBRATION_SECONDS) for _ in range(CALIBRATIONS)),
         flops=facts.flops_per_token * measured.num_tokens,
     )
 

@@ -33,7 +33,7 @@ def towline(
     workload: Workload, way: Way, settings: Settings, folder: Path, batch_size: int, watch: Stopwatch
 ) -> list[StepSize]:
     """Train as src/run.py does, without what happens between the steps; return what each step has fed."""
-    config = configure(workload, settings, folder, way.batching, batch_size)
+    config = configure(workload, settings, folder, way.batching, batch_size, has_kernels=way.has_kernels)
     with start_runtime(config.runtime, config.training.mixed_precision, config.seed, StopRequest()) as runtime:
         tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
         data = build_data(config, tokenizer)

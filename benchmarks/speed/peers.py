@@ -103,8 +103,8 @@ class _Watch(TrainerCallback):
 
 def _model(workload: Workload, way: Way, settings: Settings, checkpoint: str) -> Any:
     auto: Any = AutoModelForSeq2SeqLM if workload.is_encoder_decoder else AutoModelForCausalLM
-    attention = {"attn_implementation": "flash_attention_2"} if way.has_kernels else {}
-    model = auto.from_pretrained(checkpoint, dtype=getattr(torch, workload.dtype), **attention)
+    kernels = {"attn_implementation": "flash_attention_2", "use_kernels": True} if way.has_kernels else {}
+    model = auto.from_pretrained(checkpoint, dtype=getattr(torch, workload.dtype), **kernels)
     if workload.has_adapter:
         import peft
 
@@ -131,7 +131,6 @@ def _arguments(workload: Workload, way: Way, settings: Settings, batch_size: int
         "seed": settings.seed,
         "bf16": settings.mixed_precision == "bf16",
         "use_cpu": settings.device == "cpu",
-        "use_liger_kernel": way.has_kernels,
         "activation_checkpointing": way.computes_twice,
         "logging_strategy": "no",
         "save_strategy": "no",

@@ -128,7 +128,9 @@ def checkpoint_of(workload: Workload, settings: Settings, folder: Path) -> str:
     return str(settings.checkpoint) if workload.architecture is None else str(folder / "model")
 
 
-def configure(workload: Workload, settings: Settings, folder: Path, batching: str, batch_size: int) -> RunConfig:
+def configure(
+    workload: Workload, settings: Settings, folder: Path, batching: str, batch_size: int, *, has_kernels: bool = False
+) -> RunConfig:
     """Return Towline's configuration of a workload: one epoch of its rows."""
     overrides = [
         f"model={'encoder_decoder' if workload.is_encoder_decoder else 'causal_lm'}",
@@ -151,6 +153,7 @@ def configure(workload: Workload, settings: Settings, folder: Path, batching: st
         f"training.mixed_precision='{settings.mixed_precision}'",
         f"training.per_device_train_batch_size={batch_size}",
         "training.num_train_epochs=1",
+        *(["model.kernels=true", "model.attn_implementation=flash_attention_2"] if has_kernels else []),
         *settings.overrides,
     ]
     request = admit(overrides)

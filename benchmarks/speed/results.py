@@ -39,13 +39,13 @@ class Results:
 
     @property
     def base(self) -> str | None:
-        """What the ratios are to: TRL's default, else the Trainer."""
-        return next((name for name in ("trl", "trainer", "bare") if name in self.rounds), None)
+        """What the ratios are to: TRL with its defaults, else what comes next to it."""
+        return next((name for name in ("trl_default", "trl", "trainer", "bare") if name in self.rounds), None)
 
     @property
     def peak_flops(self) -> float:
-        """Return the most that products of large matrices reached in any of the processes."""
-        return max(one.peak_flops for each in self.rounds.values() for one in each)
+        """Return what products of large matrices reached, the median of all processes."""
+        return statistics.median(one.peak_flops for each in self.rounds.values() for one in each)
 
     def median(self, way: str, value: Callable[[Measurement], float]) -> float:
         return statistics.median(value(one) for one in self.rounds[way])

@@ -80,7 +80,7 @@ class Way:
     about: str
     trainer: Trainer
     batching: Batching = "padded"
-    has_kernels: bool = False  # Liger's kernels and FlashAttention
+    has_kernels: bool = False  # the hub's kernels and FlashAttention
     computes_twice: bool = False  # blocks are computed again in backward: activation checkpointing, TRL's default
 
     @property
@@ -95,7 +95,7 @@ class Way:
     @property
     def packages(self) -> tuple[str, ...]:
         trl = ("trl",) if self.trainer == "trl" else ()
-        return (*trl, "liger_kernel", "flash_attn") if self.has_kernels else trl
+        return (*trl, "kernels", "flash_attn") if self.has_kernels else trl
 
     def goes_with(self, workload: Workload, device: str) -> bool:
         """Return whether it can train a workload on a device: "cpu" or "cuda"."""
@@ -110,6 +110,7 @@ WAYS = {
         Way("towline", "Towline, padded", "towline"),
         Way("towline_grouped", "Towline, length_grouped", "towline", "length_grouped"),
         Way("towline_packed", "Towline, packed", "towline", "packed"),
+        Way("towline_kernels", "Towline, packed, with kernels", "towline", "packed", has_kernels=True),
         Way("bare", "bare loop, Towline's batches and head", "bare"),
         Way("trainer", "transformers Trainer", "transformers"),
         Way("trainer_grouped", "transformers Trainer, by length", "transformers", "length_grouped"),
@@ -117,7 +118,7 @@ WAYS = {
         Way("trl", "TRL SFTTrainer", "trl"),
         Way("trl_grouped", "TRL SFTTrainer, by length", "trl", "length_grouped"),
         Way("trl_packed", "TRL SFTTrainer, packed", "trl", "packed"),
-        Way("trl_kernels", "TRL SFTTrainer, packed, its kernels", "trl", "packed", has_kernels=True),
+        Way("trl_kernels", "TRL SFTTrainer, packed, with kernels", "trl", "packed", has_kernels=True),
     )
 }
 
