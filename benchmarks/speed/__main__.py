@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.speed.measurement import Measurement
-from benchmarks.speed.results import Results, as_figure, as_markdown
+from benchmarks.speed.results import Results, as_figure, as_markdown, as_summary
 from benchmarks.speed.workloads import WAYS, WORKLOADS, Settings, Way, Workload, missing_packages
 from src.figures import write_png
 from src.util import write_atomically
@@ -189,7 +189,7 @@ def write(output: Path, kept: Mapping[str, Results], done: Sequence[Results]) ->
     """Write the tables, their figure, and the measurements themselves: those that were there, and those of now."""
     together = dict(kept) | {results.workload.name: results for results in done}
     everything = [together[name] for name in WORKLOADS if name in together]
-    sections = "\n".join(as_markdown(results) for results in everything)
+    sections = "\n".join([as_summary(everything), *map(as_markdown, everything)])
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, f"# Training speed\n\n{sections}")
     write_png(as_figure(everything), output.with_suffix(".png"))

@@ -59,7 +59,7 @@ def bare(
     model = auto.from_pretrained(checkpoint_of(workload, settings, folder), dtype=getattr(torch, workload.dtype))
     add_adapter(model, config)
     draw_adapter(model, settings.seed)
-    keep_freed_memory(sum(p.nbytes for p in model.parameters()))  # a setting of the process, not of a loop
+    keep_freed_memory()  # a setting of the process, not of a loop
     loss_model = ModelWithLoss(model.to(watch.device)).train()
     loss_model.probe_head()
     bounds = find_row_bounds(loss_model, build_batch_sampler(config, rows), config)

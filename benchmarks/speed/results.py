@@ -17,6 +17,15 @@ TOLERANCES = {"no": 1e-4, "bf16": 3e-2}
 """How far losses of the same step may be apart, in nats, by mixed precision."""
 COLUMNS = ("way", "tokens/s (range)", "supervised/s", "ratio", "peak memory", "of peak", "padding", "losses")
 
+SUMMARY = (
+    "workload",
+    "tokens/s",
+    "to TRL's defaults",
+    "to the fastest of the others",
+    "peak memory",
+    "to the bare loop",
+)
+
 
 @dataclass(frozen=True)
 class Results:
@@ -102,21 +111,45 @@ class Results:
             f"{first:.4f} to {last:.4f}" + ("" if WAYS[name].follows_order else " (own order)"),
         ]
 
+    @property
+    def ours(self) -> str | None:
+        return self.fastest(lambda way: way.trainer == "towline")
+
+    @property
+    def best_peer(self) -> str | None:
+        return self.fastest(lambda way: way.is_peer)
+
+    def memory_ratio(self) -> float | None:
+        """Return the peak memory of Towline's padded way relative to the base's."""
+        if "towline" not in self.rounds or self.base in (None, "bare"):
+            return None
+        ours, theirs = (self.median(way, lambda one: one.peak_memory_bytes) for way in ("towline", self.base))
+        return ours / theirs
+
     def sentences(self) -> list[str]:
         """Return what the table shows: ours beside the peers' best, beside the bare loop, and in memory."""
-        ours = self.fastest(lambda way: way.trainer == "towline")
-        best = self.fastest(lambda way: way.is_peer)
         said = []
-        if ours is not None and best is not None:
+        if (ours := self.ours) is not None and (best := self.best_peer) is not None:
             ratio = f"{self.ratio(ours, best):.2f} times as many tokens a second"
             said.append(f"Towline at its fastest ({WAYS[ours].batching}) makes {ratio} as {WAYS[best].about}")
         if {"towline", "bare"} <= self.rounds.keys():
             said.append(f"Towline's loop runs at {self.ratio('towline', 'bare'):.2f} of the bare one's speed")
-        if "towline" in self.rounds and self.base not in (None, "bare"):
-            ours_bytes, theirs = (self.median(way, lambda one: one.peak_memory_bytes) for way in ("towline", self.base))
-            said.append(f"Padded, its peak memory is {ours_bytes / theirs:.2f} times that of {WAYS[self.base].about}")
+        if (base := self.base) is not None and (of_base := self.memory_ratio()) is not None:
+            said.append(f"Padded, its peak memory is {of_base:.2f} times that of {WAYS[base].about}")
         said.append(f"Matrix products reach {self.peak_flops / 1e9:,.0f} GFLOP/s here")
         return [one + "." for one in said]
+
+    def summary(self) -> list[str]:
+        """Return the cells of this workload in the table of all, see SUMMARY."""
+        ours, best, of_base = self.ours, self.best_peer, self.memory_ratio()
+        return [
+            f"`{self.workload.name}`",
+            "" if ours is None else f"{self.speed(ours):,.0f}",
+            "" if ours is None or "trl_default" not in self.rounds else f"{self.ratio(ours, 'trl_default'):.2f}",
+            "" if ours is None or best is None else f"{self.ratio(ours, best):.2f} ({WAYS[best].about})",
+            "" if of_base is None else f"{of_base:.2f}",
+            f"{self.ratio('towline', 'bare'):.2f}" if {"towline", "bare"} <= self.rounds.keys() else "",
+        ]
 
 
 def as_markdown(results: Results) -> str:
@@ -128,6 +161,13 @@ def as_markdown(results: Results) -> str:
     heading = f"## {results.workload.name}: {results.workload.about}"
     paragraphs = [heading, results.measured, table, " ".join(said)]
     return "\n\n".join(filter(None, paragraphs)) + "\n"
+
+
+def as_summary(all_results: Sequence[Results]) -> str:
+    """Return a table with a row for each workload, and what its columns are."""
+    about = "Tokens/s of Towline at its fastest, and their ratios to those of others; peak memory of its padded way, "
+    about += "relative to what the ratios of the workload's own table are to."
+    return f"{markdown.table(SUMMARY, [results.summary() for results in all_results])}\n\n{about}\n"
 
 
 def as_figure(all_results: Sequence[Results]) -> Figure:

@@ -9,24 +9,17 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """Names of glibc's settings, see malloc.h."""
 LARGEST_KEPT = 32 * 2**20  # bytes; the most that glibc allows
 KEPT_IN_ALL = 2 * LARGEST_KEPT  # bytes; as many as glibc itself would keep, once it had freed a block of that size
-LARGE_MODEL = 64 * 2**20  # bytes of weights; below, activations are small too
-LARGEST_KEPT_OF_A_LARGE_MODEL = 2**20  # bytes
 
 
-def keep_freed_memory(weights_bytes: int = 0) -> None:
+def keep_freed_memory() -> None:
     """Have glibc keep freed memory that is soon allocated again: from the kernel it comes cleared, which takes time.
 
-    Of a large model only small blocks are kept: large ones leave holes among those that stay for backward, which cost
-    more memory than clearing them costs time. Settings of malloc in the environment stay, and with other C libraries
-    nothing is done (docs/decisions/0026).
-
-    Args:
-        weights_bytes: of the model that is trained, once it is known.
+    Settings of malloc in the environment stay, and with other C libraries nothing is done (docs/decisions/0026).
     """
     set_before = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.getenv("GLIBC_TUNABLES", "")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None and not set_before:
-        mallopt(MMAP_THRESHOLD, LARGEST_KEPT if weights_bytes < LARGE_MODEL else LARGEST_KEPT_OF_A_LARGE_MODEL)
+        mallopt(MMAP_THRESHOLD, LARGEST_KEPT)
         mallopt(TRIM_THRESHOLD, KEPT_IN_ALL)
 
 

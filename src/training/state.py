@@ -21,7 +21,6 @@ from src.data.sets import EncodedSet
 from src.errors import CheckpointError, ModelError
 from src.model.build import num_parameters, use_kernels
 from src.model.embeddings import TokenMonitor, embedding_parameters
-from src.runtime.allocation import keep_freed_memory
 from src.runtime.session import Runtime, rng_as_json, rng_from_json
 from src.runtime.sharding import ShardedTensor, compute_weight, full_shape
 from src.training.head import ModelWithLoss
@@ -380,8 +379,6 @@ def build_train_state(
         use_kernels(model)
     if config.runtime.compile:
         loss_model.compile_training()
-    if runtime.device.type == "cpu":
-        keep_freed_memory(sum(p.nbytes for p in model.parameters()))
     optimizer = build_optimizer(config.optimizer, loss_model.parameters(), embedding_parameters(model))
     schedule = build_schedule(config.scheduler, optimizer, num_steps)
     wrapped, wrapped_optimizer = runtime.prepare(loss_model, optimizer)
