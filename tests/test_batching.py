@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -45,7 +48,7 @@ from src.training.head import ModelWithLoss, shifted
 from src.training.loop import train
 from src.training.padding_free import find_row_bounds, row_lengths
 from src.training.state import build_batch_sampler, build_train_state
-from tests.conftest import admitted, towline, write_lines
+from tests.conftest import ROOT, admitted, towline, write_lines
 from tests.kinds import byte_bpe
 
 PAD = 0
@@ -338,6 +341,44 @@ def test_padded_rows_stand_side_by_side(rows: EncodedSet) -> None:
         assert batch.input_ids[i].tolist() == [*rows[row].input_ids, *[PAD] * (max(lengths) - lengths[i])]
         assert batch.labels[i].tolist() == [*rows[row].labels, *[IGNORE_INDEX] * (max(lengths) - lengths[i])]
     assert set(batch.inputs()) == {"input_ids", "labels", "label_positions"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_collating_starts_no_threads_beside_those_that_compute() -> None:
+    program = """
+import os, threading
+import numpy as np, torch
+from src.data.batching import collate, flash_bounds
+from src.data.sets import LabelledRow
+
+class Rows:
+    is_encoder_decoder = False
+    def __getitem__(self, index):
+        ids = np.arange(100_000, dtype=np.int32)
+        return LabelledRow(ids, ids, None, np.array([[0, 10, 90_000]]), weight=0.5)
+
+def num_threads():
+    return len(os.listdir("/proc/self/task"))
+
+def work():
+    before = num_threads()
+    collate(Rows(), [[0, 1], [2]], 0), collate(Rows(), [[0, 1], [2]], 0, flash_bounds)
+    collated = num_threads()
+    torch.ones(10**6).add(1)
+    print(collated - before, num_threads() - collated)
+
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.stdout.split() == ["0", "1"], ended.stderr
 
 
 def test_packed_rows_count_their_positions_anew_and_so_does_padding(rows: EncodedSet) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,17 +19,62 @@ from src.runtime.signals import stop_on_signals
 from tests.conftest import ROOT
 
 
-def test_switches_leave_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*environment.SWITCHES, "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+@pytest.fixture
+def unset(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment that says nothing of what set_switches sets."""
+    for name in (*environment.SWITCHES, "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "")  # so that what is set is taken back
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def test_switches_leave_what_the_environment_says(unset: pytest.MonkeyPatch) -> None:
+    unset.setenv("TOKENIZERS_PARALLELISM", "true")
+    unset.setenv("OMP_WAIT_POLICY", "passive")
     environment.set_switches()
-    assert (os.environ["TOKENIZERS_PARALLELISM"], os.environ["GOMP_SPINCOUNT"]) == ("true", "1000")
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
     assert all(os.environ[name] for name in environment.SWITCHES)
-    monkeypatch.delenv("GOMP_SPINCOUNT")
-    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
-    environment.set_switches()
     assert "GOMP_SPINCOUNT" not in os.environ
+    unset.delenv("OMP_WAIT_POLICY")
+    unset.setenv("GOMP_SPINCOUNT", "7")
+    environment.set_switches()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+
+
+@pytest.mark.parametrize(
+    ("num_running", "threads", "quota", "spins"),
+    [
+        (1, None, None, True),
+        (1, None, "max 100000", True),
+        (1, None, "400000 100000", True),
+        (1, None, "390000 100000", False),  # a container with less time than four cores have
+        (1, "3", "390000 100000", True),
+        (2, None, None, False),  # another thread runs
+        (2, "3,1", None, True),
+        (3, "3", None, False),
+    ],
+)
+def test_threads_spin_only_on_cores_of_their_own(
+    unset: pytest.MonkeyPatch, tmp_path: Path, num_running: int, threads: str | None, quota: str | None, spins: bool
+) -> None:
+    load, cpu_quota = tmp_path / "loadavg", tmp_path / "cpu.max"
+    load.write_text(f"0.08 0.03 0.16 {num_running}/79 30642\n")
+    if quota is not None:
+        cpu_quota.write_text(quota + "\n")
+    if threads is not None:
+        unset.setenv("OMP_NUM_THREADS", threads)
+    unset.setattr(environment, "LOAD", load)
+    unset.setattr(environment, "CPU_QUOTA", cpu_quota)
+    unset.setattr(os, "cpu_count", lambda: 4)
+    unset.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    environment.set_switches()
+    assert os.environ.get("GOMP_SPINCOUNT") == (None if spins else "1000")
+
+
+def test_threads_spin_less_where_the_load_cannot_be_seen(unset: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    unset.setattr(environment, "LOAD", tmp_path / "no")
+    environment.set_switches()
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"
 
 
 @pytest.mark.parametrize(

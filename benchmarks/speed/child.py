@@ -14,7 +14,8 @@ def main(request: Path, result: Path) -> None:
     """Prepare a workload, or measure a way of one that is prepared, as the request asks."""
     asked = json.loads(request.read_text(encoding="utf-8"))
     workload, settings, folder = WORKLOADS[asked["workload"]], Settings(**asked["settings"]), Path(asked["folder"])
-    set_switches()
+    if asked["way"] is None or not WAYS[asked["way"]].is_peer:  # peers get the environment that their users have
+        set_switches()
     if asked["way"] is None:
         from benchmarks.speed.machine import describe
         from benchmarks.speed.preparing import Facts, prepare

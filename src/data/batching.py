@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from src.config.schema import Batching
 from src.data.encoding import IGNORE_INDEX, PARTS
@@ -336,37 +335,40 @@ class LabelledRows(Protocol):
 def collate(rows: LabelledRows, sequences: Sequences, pad_token_id: int, bounds: RowBounds | None = None) -> Batch:
     """Collate rows, padded on the right to the longest sequence; several rows in a sequence are packed.
 
-    With `bounds` all are in a single sequence, without padding.
+    With `bounds` all are in a single sequence, without padding. It is done in numpy alone: torch would give the thread
+    that collates an OpenMP team of its own, and where teams are more than the cores, every wait of a step is a sleep.
     """
     indices = [index for sequence in sequences for index in sequence]
     packed = [[rows[index] for index in sequence] for sequence in (sequences if bounds is None else [indices])]
     each = [row for sequence in packed for row in sequence]
 
-    def padded(column: Callable[[LabelledRow], Any], filler: int, dtype: torch.dtype = torch.long) -> Tensor:
-        joined = [torch.from_numpy(np.concatenate([column(row) for row in sequence])).to(dtype) for sequence in packed]
-        return pad_sequence(joined, batch_first=True, padding_value=filler)
+    def padded(column: Callable[[LabelledRow], Any], filler: int, dtype: type = np.int64) -> np.ndarray:
+        joined = [np.concatenate([column(row) for row in sequence]) for sequence in packed]
+        values: np.ndarray = np.full((len(joined), max(map(len, joined))), filler, dtype)
+        for padded_sequence, sequence in zip(values, joined, strict=True):
+            padded_sequence[: len(sequence)] = sequence
+        return values
 
     labels = padded(lambda row: row.labels, IGNORE_INDEX)
-    is_supervised, parts = labels != IGNORE_INDEX, padded(lambda row: row.parts, 0, torch.uint8)
-    supervised_parts = parts[is_supervised].int()
-    counts = torch.bincount(supervised_parts, minlength=len(PARTS)).numpy()
+    is_supervised, parts = labels != IGNORE_INDEX, padded(lambda row: row.parts, 0, np.uint8)
+    counts = np.bincount(parts[is_supervised], minlength=len(PARTS))
     batch = Batch(
-        padded(lambda row: row.input_ids, pad_token_id),
-        labels,
+        torch.from_numpy(padded(lambda row: row.input_ids, pad_token_id)),
+        torch.from_numpy(labels),
         indices,
         num_tokens=sum(row.num_tokens for row in each),
         part_counts=counts,
         part_weights=counts,
-        parts=parts if counts[1:].any() else None,
-        label_positions=positions_of_labels(labels, is_causal=not rows.is_encoder_decoder),
+        parts=torch.from_numpy(parts) if counts[1:].any() else None,
+        label_positions=torch.from_numpy(positions_of_labels(labels, is_causal=not rows.is_encoder_decoder)),
     )
     if any(row.weight != 1 for row in each):
-        weights = padded(lambda row: np.full(len(row.labels), row.weight), 0, torch.double)
-        batch.part_weights = torch.bincount(supervised_parts, weights[is_supervised], len(PARTS)).numpy()
-        batch.row_weights = weights.float()
+        weights = padded(lambda row: np.full(len(row.labels), row.weight), 0, np.float64)
+        batch.part_weights = np.bincount(parts[is_supervised], weights[is_supervised], len(PARTS))
+        batch.row_weights = torch.from_numpy(weights.astype(np.float32))
     if rows.is_encoder_decoder:
-        batch.attention_mask = padded(lambda row: np.ones(len(row.input_ids)), 0)
-        batch.target_ids = padded(lambda row: row.target_ids, pad_token_id)
+        batch.attention_mask = torch.from_numpy(padded(lambda row: np.ones(len(row.input_ids)), 0))
+        batch.target_ids = torch.from_numpy(padded(lambda row: row.target_ids, pad_token_id))
     elif bounds is not None or len(each) > len(packed):
         batch.position_ids = torch.from_numpy(_positions(packed, batch.input_ids.shape[1]))
     if bounds is not None:
@@ -374,7 +376,7 @@ def collate(rows: LabelledRows, sequences: Sequences, pad_token_id: int, bounds:
     return batch
 
 
-def positions_of_labels(labels: Tensor, *, is_causal: bool) -> Tensor:
+def positions_of_labels(labels: np.ndarray, *, is_causal: bool) -> np.ndarray:
     """Return where labels [batch, seq] are supervised, as positions in them flattened, [supervised].
 
     In a causal model nothing predicts the first token of a sequence.
@@ -382,7 +384,7 @@ def positions_of_labels(labels: Tensor, *, is_causal: bool) -> Tensor:
     is_supervised = labels != IGNORE_INDEX
     if is_causal:
         is_supervised[:, 0] = False
-    return is_supervised.flatten().nonzero().squeeze(1)
+    return np.flatnonzero(is_supervised)
 
 
 def flash_bounds(lengths: Sequence[int]) -> dict[str, Any]:

@@ -76,7 +76,8 @@ def supervised_positions(
             as in a decoder whose input was shifted.
     """
     if positions is None:
-        positions = positions_of_labels(labels, is_causal=is_causal)
+        counted = positions_of_labels(labels.numpy(force=True), is_causal=is_causal)
+        positions = torch.from_numpy(counted).to(labels.device)
     states = hidden.flatten(0, 1).index_select(0, positions - int(is_causal))
     each = (None if one is None else one.flatten().index_select(0, positions) for one in (parts, row_weights))
     return Supervised(states, labels.flatten().index_select(0, positions), *each)
