@@ -76,9 +76,10 @@ def test_measuring_changes_neither_generators_nor_threads() -> None:
 
 
 @pytest.mark.parametrize(
-    ("units", "expected"), [({}, "no"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": 1}, "bf16")]
+    ("units", "expected"),
+    [({}, "no"), ({"avx512_bf16": True}, "no"), ({"amx_bf16": 1}, "bf16"), ({"bf16": True}, "bf16")],
 )
-def test_auto_is_what_the_processor_has_instructions_for(
+def test_auto_is_what_the_processor_has_units_for(
     monkeypatch: pytest.MonkeyPatch, units: dict[str, bool], expected: str
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, **units})
@@ -90,7 +91,7 @@ def test_auto_is_what_the_processor_has_instructions_for(
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), "no"), ((8, 0), "bf16"), ((9, 0), "bf16")])
-def test_auto_is_what_the_gpu_has_instructions_for(
+def test_auto_is_what_the_gpu_has_units_for(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
@@ -112,7 +113,7 @@ def losses(run_dir: Path) -> list[float]:
 def test_a_run_stays_in_the_precision_that_it_began_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     auto = (*SHORT, "training.mixed_precision=auto", f"hydra.run.dir={tmp_path / 'auto'}")
     with monkeypatch.context() as patched:
-        patched.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+        patched.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
         run_job(admitted(*auto, "training.max_train_steps=3"), StopRequest())
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     run_job(admitted(*auto), StopRequest())  # goes on, on another processor
