@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from src.data.batching import (
 from src.data.batching_choice import choose_batching, num_positions
 from src.data.dataset import Data, build_data
 from src.data.encoding import IGNORE_INDEX
+from src.data.micro_batches import MicroBatches
 from src.data.sets import EncodedSet
 from src.data.tokenizer import load_tokenizer
 from src.errors import ModelError
@@ -162,11 +164,11 @@ def test_a_budget_holds_as_many_rows_as_fit(
         )
     taken = 0
     for i, batch in enumerate(batches):
-        assert plan.micro_batches_of(rows, [3, 0], taken) == batches[i:]
+        assert list(plan.micro_batches_of(rows, [3, 0], taken)) == batches[i:]
         if len(batch) > 1:
-            assert plan.micro_batches_of(rows, [3, 0], taken + 1) == [batch[1:], *batches[i + 1 :]]
+            assert list(plan.micro_batches_of(rows, [3, 0], taken + 1)) == [batch[1:], *batches[i + 1 :]]
         taken += len(batch)
-    assert plan.micro_batches_of(rows, [3, 0], taken) == []
+    assert not plan.micro_batches_of(rows, [3, 0], taken)
 
 
 @given(
@@ -295,6 +297,21 @@ def test_grouped_batches_come_in_random_order_and_only_the_last_is_short() -> No
     means = np.array([np.mean([lengths[row] for (row,) in batch]) for batch in batches])
     assert abs(np.corrcoef(np.arange(len(means)), means)[0, 1]) < 0.3
     assert np.mean([np.ptp([lengths[row] for (row,) in batch]) for batch in batches[:-1]]) < 60
+
+
+@given(some.lists(some.lists(some.lists(some.integers(0, 40), min_size=1, max_size=4), min_size=1, max_size=4)))
+def test_micro_batches_are_the_lists_they_were_made_of(lists: list[list[list[int]]]) -> None:
+    batches, lengths = MicroBatches.of(lists), np.arange(41) % 7
+    assert (list(batches), len(batches), batches[1:]) == (lists, len(lists), lists[1:])
+    longest = [max(sum(lengths[sequence]) for sequence in batch) for batch in lists]
+    assert batches.num_positions(lengths) == sum(map(math.prod, zip(longest, map(len, lists), strict=True)))
+
+
+def test_an_epoch_of_many_rows_takes_few_bytes_of_each() -> None:
+    num_rows = 100_000
+    batches = BatchSampler(Batching.padded, 8, 1, 64).micro_batches(np.zeros(num_rows), [0], 3)
+    assert len(batches) == math.ceil((num_rows - 3) / 8)
+    assert sum(array.nbytes for array in vars(batches).values()) < 20 * num_rows
 
 
 # Packing rows into sequences

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from src.config.schema import Batching
 from src.data.encoding import IGNORE_INDEX, PARTS
+from src.data.micro_batches import MicroBatches, Sequences
 from src.data.sets import EncodedSet, LabelledRow
 from src.data.stream import StreamedSet
 from src.errors import DataError
 
 GROUP_STEPS = 50  # steps whose rows are sorted by length together, for Batching.length_grouped
-Sequences = list[list[int]]  # rows of a micro-batch by sequence: one row in each, or several where they are packed
 RowBounds = Callable[[Sequence[int]], dict[str, Any]]
 """Makes of the lengths of rows in one sequence the arguments by which the model keeps them apart."""
 
@@ -96,7 +96,7 @@ class BatchSampler:
     saved_share: float | None = None
     is_padding_free: bool = False
 
-    def micro_batches_of(self, rows: EncodedSet, seed: Sequence[int], num_taken: int = 0) -> list[Sequences]:
+    def micro_batches_of(self, rows: EncodedSet, seed: Sequence[int], num_taken: int = 0) -> MicroBatches:
         """Do the same with a set, whose lengths are computed only where they count."""
         if self.batching is Batching.padded and not self.counts_tokens:
             return self.micro_batches(np.zeros(len(rows)), seed, num_taken)
@@ -104,7 +104,7 @@ class BatchSampler:
 
     def micro_batches(
         self, lengths: np.ndarray, seed: Sequence[int], num_taken: int = 0, target_lengths: np.ndarray | None = None
-    ) -> list[Sequences]:
+    ) -> MicroBatches:
         """Put every row into exactly one micro-batch, in an order by seed.
 
         Args:
@@ -113,9 +113,8 @@ class BatchSampler:
         """
         rng = np.random.default_rng(list(seed))
         if self.counts_tokens:
-            return _without(num_taken, self._within_budget(lengths, target_lengths, rng))
-        sequences = self._sequences(lengths, rng)[num_taken:]
-        return [sequences[start : start + self.size] for start in range(0, len(sequences), self.size)]
+            return MicroBatches.of(_without(num_taken, self._within_budget(lengths, target_lengths, rng)))
+        return MicroBatches.cut(self._sequences(lengths, rng)[num_taken:], self.size)
 
     @property
     def counts_tokens(self) -> bool:
@@ -133,15 +132,18 @@ class BatchSampler:
         size = self.batch_size if self.token_budget is None else self.token_budget
         return size * self.micro_batches_per_step
 
-    def _sequences(self, lengths: np.ndarray, rng: np.random.Generator) -> Sequences:
-        """Put every row into exactly one sequence; the order of length-grouped ones depends on how many a step has."""
+    def _sequences(self, lengths: np.ndarray, rng: np.random.Generator) -> Sequences | np.ndarray:
+        """Put every row into exactly one sequence; of an array [rows] each row is one.
+
+        The order of length-grouped ones depends on how many a step has.
+        """
         order = rng.permutation(len(lengths))
         if self.batching is Batching.packed:
             packed = [[int(order[i]) for i in rows] for rows in pack(lengths[order], self.max_tokens)]
             return [packed[i] for i in rng.permutation(len(packed))]
         if self.batching is Batching.length_grouped:
-            order = _grouped(lengths, order, self.batch_size * self.micro_batches_per_step, rng)
-        return [[row] for row in order.tolist()]
+            return _grouped(lengths, order, self.batch_size * self.micro_batches_per_step, rng)
+        return order
 
     def _within_budget(
         self, lengths: np.ndarray, target_lengths: np.ndarray | None, rng: np.random.Generator

@@ -3,8 +3,6 @@
 
 from dataclasses import replace
 
-import numpy as np
-
 from src.config.schema import Batching
 from src.data.batching import BatchSampler
 from src.data.sets import EncodedSet
@@ -16,12 +14,7 @@ LEAST_SAVING = 0.05
 def num_positions(rows: EncodedSet, sampler: BatchSampler, seed: int) -> int:
     """Count the positions of a first epoch's micro-batches, padding included; those of targets too."""
     batches = sampler.micro_batches(rows.lengths, [seed, 0], 0, rows.target_lengths)
-    first = np.cumsum([0, *map(len, batches)])
-    each = [sequence for batch in batches for sequence in batch]
-    num_rows = np.cumsum([0, *map(len, each)])[:-1]
-    flat = np.array([row for sequence in each for row in sequence])
-    of_sequences = (np.add.reduceat(lengths[flat], num_rows) for lengths in (rows.lengths, rows.target_lengths))
-    return sum(int((np.maximum.reduceat(one, first[:-1]) * np.diff(first)).sum()) for one in of_sequences)
+    return batches.num_positions(rows.lengths) + batches.num_positions(rows.target_lengths)
 
 
 def padding(rows: EncodedSet, sampler: BatchSampler, seed: int) -> float:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from src.config.schema import RunConfig
-from src.data.batching import Sequences, collate
+from src.data.batching import collate
 from src.data.dataset import Data
+from src.data.micro_batches import Sequences
 from src.evaluation.evaluate import Evaluator, open_evaluator
 from src.forecast.counting import MicroBatchShape, measure_saved_bytes
 from src.forecast.time import TimeItem, measured_time

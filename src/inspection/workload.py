@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from src.config.schema import Batching, RunConfig, TrainingConfig
-from src.data.batching import BatchSampler, Sequences, similar_batches
+from src.data.batching import BatchSampler, similar_batches
 from src.data.dataset import Data
+from src.data.micro_batches import MicroBatches, Sequences
 from src.data.sets import EncodedSet
 from src.forecast.counting import MicroBatchShape
 from src.training.state import build_batch_sampler, plan_steps
@@ -45,7 +46,7 @@ class Workload:
     num_steps: int
     num_steps_per_epoch: int | None  # none where the train set is streamed, or its epochs differ
     train: EncodedSet  # the train set, or the first block of one that is streamed
-    micro_batches: list[Sequences]  # the micro-batches of the first epoch
+    micro_batches: MicroBatches  # the micro-batches of the first epoch
     shapes: list[MicroBatchShape]  # the shapes of these micro-batches
     evaluations: list[Evaluation]
     generation: Generation | None
